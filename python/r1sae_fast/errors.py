@@ -1,0 +1,24 @@
+"""The package's exceptions: built-ins where they are apt, else this small tree.
+
+Every message says what was found, what was expected, and what to do.
+"""
+
+
+class R1SaeError(Exception):
+    """Base of every exception that is this package's own."""
+
+
+class NonFiniteError(R1SaeError, ValueError):
+    """A NaN or an infinity among activations; the message names the row."""
+
+
+class ShardError(R1SaeError):
+    """A shard or its manifest is truncated, altered, foreign or in use by another writer."""
+
+
+class CheckpointError(R1SaeError):
+    """A model's or an SAE's checkpoint is incomplete, malformed or of another kind."""
+
+
+class DatabaseError(R1SaeError):
+    """A feature database is locked, missing tables, or no database at all."""

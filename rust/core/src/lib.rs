@@ -1,0 +1,17 @@
+//! The computing core of `r1sae-fast`: everything here is plain Rust on slices
+//! and files, and never names Python.
+//!
+//! The modules follow the data: [`shard`] holds activations and codes on disk,
+//! [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
+//! codes back into activations, [`examples`] keeps each feature's strongest rows.
+
+pub mod cancel;
+pub mod decode;
+pub mod error;
+pub mod examples;
+pub mod select;
+pub mod shard;
+pub mod simd;
+
+pub use cancel::Cancel;
+pub use error::{Error, Result};

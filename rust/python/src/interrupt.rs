@@ -1,0 +1,52 @@
+//! Runs core work with the GIL released, while ctrl-c is still heard.
+
+use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use r1sae_core::{Cancel, Result};
+
+use crate::errors::to_py;
+
+/// How often a long call looks for signals.
+const POLL: Duration = Duration::from_millis(50);
+
+/// Runs `work` on another thread with the GIL released. Python's signal handlers
+/// run every 50 ms; when one raises (ctrl-c), the work is cancelled, awaited, and
+/// the handler's exception is returned. For calls that may take longer than a
+/// moment; short ones use `py.detach` directly.
+pub fn run_interruptible<T, F>(py: Python<'_>, work: F) -> PyResult<T>
+where
+    T: Send,
+    F: FnOnce(&Cancel) -> Result<T> + Send,
+{
+    let cancel = Cancel::new();
+    std::thread::scope(|scope| {
+        let (sender, mut receiver) = channel();
+        let flag = &cancel;
+        scope.spawn(move || {
+            // The receiver outlives the scope's threads, so a send can't fail.
+            let _ = sender.send(work(flag));
+        });
+        let mut raised = None;
+        loop {
+            // By unique reference: a shared one to a `Receiver` may not change threads.
+            let waiting = &mut receiver;
+            match py.detach(move || waiting.recv_timeout(POLL)) {
+                Ok(result) => return raised.map_or_else(|| result.map_err(to_py), Err),
+                Err(RecvTimeoutError::Timeout) => {
+                    if raised.is_none() {
+                        if let Err(error) = py.check_signals() {
+                            cancel.cancel();
+                            raised = Some(error);
+                        }
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    // The worker panicked; the scope re-raises the panic on exit.
+                    return Err(raised.unwrap_or_else(|| to_py(r1sae_core::Error::Interrupted)));
+                }
+            }
+        }
+    })
+}

@@ -1,0 +1,14 @@
+//! `r1sae_fast._core`: the binding of `r1sae-core`. Each function extracts its
+//! arguments, releases the GIL around the work and converts the result.
+
+use pyo3::prelude::*;
+
+mod errors;
+mod interrupt;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+    Ok(())
+}
