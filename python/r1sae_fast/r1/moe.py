@@ -1,0 +1,107 @@
+"""Feed-forward blocks: the dense one, and DeepSeek's mixture of experts.
+
+Router: sigmoid scores, experts chosen by score plus a correction bias that balances the load
+without an auxiliary loss (``noaux_tc``), limited to ``topk_group`` of ``n_group`` groups;
+the chosen scores, without the bias, are normalised and scaled. Source: arXiv:2412.19437, 2.1.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from r1sae_fast.r1.config import R1Config
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, intermediate, bias=False)
+        self.up_proj = nn.Linear(width, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to [..., width]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+class Router(nn.Module):
+    """Chooses each token's experts and their weights."""
+
+    def __init__(self, config: R1Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.e_score_correction_bias: Tensor
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[tokens, hidden] to (experts int64, weights float32), both [tokens, experts_per_tok]."""
+        config = self.config
+        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        choice = scores.detach() + self.e_score_correction_bias
+        if config.n_group > 1:
+            grouped = choice.unflatten(-1, (config.n_group, -1))
+            # A group is as good as its two best experts.
+            strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+            kept = torch.zeros_like(strength, dtype=torch.bool)
+            kept.scatter_(-1, strength.topk(config.topk_group, -1).indices, True)
+            choice = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+        experts = choice.topk(config.num_experts_per_tok, -1).indices
+        weights = scores.gather(-1, experts)
+        if config.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return experts, weights * config.routed_scaling_factor
+
+
+class Experts(nn.Module):
+    """All routed experts of a block, stacked: gate_up [experts, 2 * inter, hidden] and
+    down [experts, hidden, inter]. A checkpoint's per-expert tensors are slices of these.
+    """
+
+    def __init__(self, config: R1Config) -> None:
+        super().__init__()
+        count, inter = config.n_routed_experts, config.moe_intermediate_size
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * inter, config.hidden_size))
+        self.down = nn.Parameter(torch.empty(count, config.hidden_size, inter))
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Sums each token's experts: x [tokens, hidden], experts and weights [tokens, k]."""
+        tokens, k = experts.shape
+        order = experts.flatten().argsort(stable=True)
+        counts = torch.bincount(experts.flatten(), minlength=self.gate_up.shape[0]).tolist()
+        rows = order // k
+        outputs = []
+        for expert, part in enumerate(x[rows].split(counts)):
+            if part.shape[0]:
+                gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
+                outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))
+        # Back to token order by the inverse permutation, then k contributions a token are summed:
+        # deterministic, unlike a scatter-add.
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(tokens * k, device=order.device)
+        sorted_outputs = torch.cat(outputs) if outputs else x.new_empty(0, x.shape[-1])
+        gathered = sorted_outputs[inverse].view(tokens, k, -1)
+        return (gathered * weights.to(x.dtype)[..., None]).sum(1)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert that sees every token."""
+
+    def __init__(self, config: R1Config) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(
+            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] to [..., hidden]."""
+        flat = x.reshape(-1, x.shape[-1])
+        experts, weights = self.gate(flat)
+        routed = self.experts(flat, experts, weights)
+        return routed.view_as(x) + self.shared_experts(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
