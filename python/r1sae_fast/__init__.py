@@ -12,13 +12,14 @@ from r1sae_fast.errors import R1SaeError
 
 if TYPE_CHECKING:
     # The same names as in _LAZY, for type checkers and editors.
-    pass
+    from r1sae_fast.codes import SparseCodes
 
 __version__ = _core.__version__
-__all__ = ["R1SaeError", "__version__"]
+__all__ = ["R1SaeError", "SparseCodes", "__version__"]
 
 _LAZY: dict[str, str] = {
     # public name: module that defines it
+    "SparseCodes": "r1sae_fast.codes",
 }
 
 
