@@ -64,3 +64,7 @@ for _command in COMMANDS:
 def main() -> None:
     """Runs the command line (the ``r1sae`` script)."""
     app(prog_name="r1sae")
+
+
+if __name__ == "__main__":
+    main()

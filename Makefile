@@ -1,0 +1,101 @@
+# The verbs of r1sae-fast: `make` lists them. Each makes what it needs first (.venv, the release
+# extension); a second run finds that done. Settings: make VERB NAME=VALUE
+#   PYTHON  the python that .venv is made with    (default: the first one of at least 3.10)
+#   VENV    where the environment lives           (default: .venv)
+#   JOBS    test processes                        (default: 2)
+#   ARGS    further arguments for the verb's tool (make test ARGS="-k shards", make demo ARGS="--help")
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.r1sae-installed
+TOOLS := $(VENV)/.r1sae-tools
+RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml) $(shell find rust -name '*.rs')
+
+export VENV PYTHON
+# One interpreter for every cargo call, so that pyo3 is not built anew for each.
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+.PHONY: help
+help: ## List the verbs
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: install
+install: $(INSTALLED) ## Create .venv, build the release extension, install the package with its dev extra
+
+$(TOOLS): .ci/setup
+	@.ci/setup tools
+	@touch $@
+
+$(INSTALLED): $(TOOLS) pyproject.toml $(RUST)
+	@.ci/setup install
+	@touch $@
+
+.PHONY: demo
+demo: $(INSTALLED) ## Run the whole chain on TinyR1: trace, shards, SAE, features, database, picture
+	@$(BIN)/r1sae demo $(ARGS)
+
+.PHONY: test
+test: test-rust test-python ## Run the whole test suite, Rust then Python
+
+.PHONY: test-rust
+test-rust: $(INSTALLED) ## Run the tests of the Rust core
+	@cargo test --quiet --locked -p r1sae-core
+
+.PHONY: test-python
+test-python: $(INSTALLED) ## Run the Python tests (ARGS="-k shards" picks some)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
+
+.PHONY: lint
+lint: lint-python lint-rust lint-repo ## Check style, types, stubs and house rules; change nothing
+
+.PHONY: lint-python
+lint-python: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest r1sae_fast._core --mypy-config-file pyproject.toml
+
+.PHONY: lint-rust
+lint-rust: $(INSTALLED)
+	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || \
+	  { echo "missing: rustfmt or clippy; get them with: rustup component add rustfmt clippy" >&2; exit 1; }
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --locked -p r1sae-core
+
+.PHONY: lint-repo
+lint-repo: $(INSTALLED)
+	$(BIN)/python .ci/check_repo.py
+
+.PHONY: format
+format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	cargo fmt --all
+
+.PHONY: bench
+bench: $(INSTALLED) ## Time each operation against its reference (ARGS="-k select" picks some)
+	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only -q $(ARGS)
+
+.PHONY: wheel
+wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/
+	@$(BIN)/maturin build --quiet --release --locked --sdist --out dist
+	@ls -lh dist
+
+.PHONY: docs-check
+docs-check: $(INSTALLED) ## Run every command and Python example of README.md in a temporary folder
+	@$(BIN)/python .ci/check_docs.py README.md
+
+.PHONY: clean
+clean: ## Remove what make made: .venv, target/, dist/, caches, the demo's folder
+	rm -rf $(VENV) target dist demo-run .hypothesis .benchmarks .pytest_cache .mypy_cache .ruff_cache
+	rm -f python/r1sae_fast/_core*.so python/r1sae_fast/_core*.pyd
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

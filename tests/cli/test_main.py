@@ -1,0 +1,51 @@
+"""The root command: help, version, and that every command has a help page."""
+
+import pytest
+import r1sae_fast
+import typer
+from r1sae_fast.cli.main import app
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+
+def command_paths() -> list[tuple[str, ...]]:
+    """Every command and group below the root, by its path."""
+    paths: list[tuple[str, ...]] = []
+
+    def walk(command: object, path: tuple[str, ...]) -> None:
+        for name, child in getattr(command, "commands", {}).items():
+            paths.append((*path, name))
+            walk(child, (*path, name))
+
+    walk(typer.main.get_command(app), ())
+    return paths
+
+
+@pytest.mark.parametrize("path", command_paths(), ids=" ".join)
+def test_every_command_has_a_help_page(path: tuple[str, ...]) -> None:
+    result = runner.invoke(app, [*path, "--help"])
+    assert result.exit_code == 0
+    assert f"Usage: r1sae {' '.join(path)}" in result.stdout
+
+
+def test_help_names_every_command() -> None:
+    result = runner.invoke(app, ["-h"])
+    assert result.exit_code == 0
+    for path in command_paths():
+        if len(path) == 1:
+            assert path[0] in result.stdout
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout == f"r1sae {r1sae_fast.__version__}\n"
+
+
+def test_info_names_what_a_bug_report_needs() -> None:
+    result = runner.invoke(app, ["info"])
+    assert result.exit_code == 0
+    for name in ("r1sae-fast", "core", "cpu", "python", "torch", "duckdb"):
+        assert f"{name} " in result.stdout
+    assert "not installed" not in result.stdout

@@ -1,0 +1,63 @@
+"""What every test runs under: a hypothesis profile, one torch thread a process, no network.
+
+Profiles (``HYPOTHESIS_PROFILE``): ``dev``, the default, draws anew each time; ``ci``, the default
+where ``CI`` is set, always draws the same; ``thorough`` draws many times more.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+
+# Read when torch is first imported, which is after this file: under xdist each process keeps to
+# one core, alone it may use all. Set for children too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+# No deadlines: a shared or loaded machine is no reason for a red test. Health checks stay on.
+_COMMON: dict[str, Any] = {"deadline": None, "print_blob": True}
+hypothesis.settings.register_profile("dev", max_examples=50, **_COMMON)
+hypothesis.settings.register_profile(
+    "ci", max_examples=100, derandomize=True, database=None, **_COMMON
+)
+hypothesis.settings.register_profile("thorough", max_examples=2000, **_COMMON)
+hypothesis.settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starts the slow tests first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Lets sockets reach this machine only: a test that calls out fails, and says where to."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, _loopback_only(getattr(socket.socket, name)))
+        yield
+
+
+def _loopback_only(original: Any) -> Any:
+    def connect(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(address[0]):
+            raise PermissionError(f"tests must not use the network: connection to {address!r}")
+        return original(self, address)
+
+    return connect
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
