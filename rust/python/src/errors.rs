@@ -8,7 +8,10 @@ use r1sae_core::Error;
 /// module can't be imported.
 fn own_error(class: &str, message: String) -> PyErr {
     Python::attach(|py| {
-        match py.import("r1sae_fast.errors").and_then(|module| module.getattr(class)) {
+        match py
+            .import("r1sae_fast.errors")
+            .and_then(|module| module.getattr(class))
+        {
             Ok(class) => match class.call1((message,)) {
                 Ok(instance) => PyErr::from_value(instance),
                 Err(error) => error,
