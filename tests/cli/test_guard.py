@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import typer
+from typer.testing import CliRunner, Result
+
 from r1sae_fast.cli.guard import GuardedGroup
 from r1sae_fast.cli.main import app, root
 from r1sae_fast.errors import NonFiniteError, R1SaeError, ShardError
-from typer.testing import CliRunner, Result
 
 runner = CliRunner()
 

@@ -1,10 +1,11 @@
 """The root command: help, version, and that every command has a help page."""
 
 import pytest
-import r1sae_fast
 import typer
-from r1sae_fast.cli.main import app
 from typer.testing import CliRunner
+
+import r1sae_fast
+from r1sae_fast.cli.main import app
 
 runner = CliRunner()
 

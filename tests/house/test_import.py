@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 import r1sae_fast
 
 # What a program that only imports the package (or asks for --help) must not pay for.

@@ -39,15 +39,30 @@ def causal_bias(seq: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 class R1Model(nn.Module):
     """The whole model, with R1's module names (minus the ``model.`` prefix of its tensors)."""
 
-    def __init__(self, config: R1Config) -> None:
+    def __init__(self, config: R1Config, *, last_layer: int | None = None) -> None:
+        """Builds the modules.
+
+        Args:
+            config: the shape.
+            last_layer: build only the embedding and blocks 0 to this one, no norm and no head.
+
+        Raises:
+            ValueError: no such layer.
+        """
         super().__init__()
         self.config = config
+        count = config.num_hidden_layers
+        if last_layer is not None:
+            if not 0 <= last_layer < count:
+                raise ValueError(
+                    f"layer {last_layer} does not exist: the model has 0 to {count - 1}"
+                )
+            count = last_layer + 1
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            Block(config, index) for index in range(config.num_hidden_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(count))
+        if last_layer is None:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [batch, seq] (right-padded, if at all) to the normalised last residual

@@ -44,7 +44,7 @@ class Router(nn.Module):
         scores = F.linear(x.float(), self.weight.float()).sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if config.n_group > 1:
-            grouped = choice.unflatten(-1, (config.n_group, -1))
+            grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
             # A group is as good as its two best experts.
             strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
             kept = torch.zeros_like(strength, dtype=torch.bool)
@@ -75,7 +75,7 @@ class Experts(nn.Module):
         counts = torch.bincount(experts.flatten(), minlength=self.gate_up.shape[0]).tolist()
         rows = order // k
         outputs = []
-        for expert, part in enumerate(x[rows].split(counts)):
+        for expert, part in enumerate(torch.split(x[rows], counts)):
             if part.shape[0]:
                 gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
                 outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))

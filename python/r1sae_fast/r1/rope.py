@@ -46,7 +46,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 def attention_scale(config: R1Config) -> float:
     """Factor on query-key products: 1/sqrt(head width) times YaRN's squared temperature."""
-    scale = config.qk_head_dim**-0.5
+    scale = 1.0 / math.sqrt(config.qk_head_dim)
     scaling = config.rope_scaling
     if scaling is not None and scaling.mscale_all_dim:
         scale *= _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -73,5 +73,5 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     products do not depend on that order.
     """
     cosine, sine = table
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.cat((even * cosine - odd * sine, odd * cosine + even * sine), -1).to(x.dtype)
