@@ -16,6 +16,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.r1sae-installed
 TOOLS := $(VENV)/.r1sae-tools
+ARM := aarch64-unknown-linux-gnu
 RUST := Cargo.toml Cargo.lock $(wildcard rust/*/Cargo.toml) $(shell find rust -name '*.rs')
 
 export VENV PYTHON
@@ -71,6 +72,11 @@ lint-rust: $(INSTALLED)
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --locked -p r1sae-core
+	@if rustup target list --installed 2>/dev/null | grep -qx $(ARM); then \
+	  set -x; cargo check --quiet --locked --target $(ARM) -p r1sae-core; \
+	else \
+	  echo "not checked: the core on ARM (to have it checked: rustup target add $(ARM))"; \
+	fi
 
 .PHONY: lint-repo
 lint-repo: $(INSTALLED)
