@@ -1,0 +1,90 @@
+"""TinyR1's tokenizer: R1's kind (byte-level BPE, R1's special tokens), a few hundred tokens.
+
+The vocabulary is every byte plus every word of TinyR1's world, whole; other text falls back to
+bytes. Unlike R1's, a number carries the space before it, which halves the tokens of arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from r1sae_fast.tiny_r1.problems import DAYS, NAMES, OBJECTS
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
+
+# Words that also open a sentence or a paragraph, and those that never do.
+_OPENING = "A First Is Okay Start The Today What".split()
+_INNER = (
+    "Check How It Next On So Wait What add after and answer asked away back buys clock come comes "
+    "day days does even gives has have hours how in is it later leaves many me minus more odd on "
+    "or plus result show shows so start take that the then times to user was what whether which "
+    "with wrong"
+).split()
+_MARKS = [".", ",", "?", ":", ".\n", ".\n\n", "\n", "\n\n"]
+
+# R1's own split, but for the optional space before a number.
+_NUMBER = r" ?\p{N}{1,3}"
+_WORD = (
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def words() -> list[str]:
+    """Every whole-word token, in the order of their ids."""
+    spaced = sorted({*_INNER, *NAMES, *OBJECTS, *DAYS})
+    return [
+        *_MARKS,
+        *(f" {number}" for number in range(100)),
+        *_OPENING,
+        *NAMES,
+        *(f" {word}" for word in spaced),
+    ]
+
+
+def build() -> Tokenizer:
+    """The tokenizer, made from nothing but this file."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {token: index for index, token in enumerate(SPECIAL)}
+    for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[byte] = len(vocabulary)
+    for word in words():
+        key = "".join(piece for piece, _ in byte_level.pre_tokenize_str(word))
+        vocabulary.setdefault(key, len(vocabulary))
+    # Words are looked up whole (ignore_merges), so that no merges are needed.
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{_NUMBER}|{_WORD}"), "isolated"),
+            byte_level,
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
+    return tokenizer
+
+
+def write(directory: Path, chat_template: str) -> None:
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``directory``."""
+    build().save(str(directory / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+        "chat_template": chat_template,
+    }
+    text = json.dumps(config, ensure_ascii=False, indent=2)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
