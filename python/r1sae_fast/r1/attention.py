@@ -2,12 +2,17 @@
 
 Keys and values of all heads are expanded from one latent of ``kv_lora_rank`` a token; position
 enters through a separate rotary key shared by all heads. Source: arXiv:2405.04434, section 2.1.
+
+Two ways to the same result: whole sequences expand the latents into keys and values; steps on a
+cache leave them as they are and move the expansion to the query and the output instead
+("absorbed"), which reads 576 numbers a cached token rather than all heads' keys and values.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.norm import RMSNorm
@@ -35,32 +40,93 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """Attends over the given tokens.
+    def _queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Each [batch, seq, heads, part]: the part without position, and the rotary one."""
+        config = self.config
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.view(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
+        return q_nope, rotate(q_rope, (rotary[0][:, :, None], rotary[1][:, :, None]))
+
+    def _latents(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the tokens are attended by: normalised latent [batch, seq, kv_lora_rank] and
+        turned rotary key [batch, seq, rope_dim]."""
+        config = self.config
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], -1
+        )
+        return self.kv_a_layernorm(latent), rotate(k_rope, rotary)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        cache: Tensor | None = None,
+    ) -> Tensor:
+        """Attends causally over whole sequences.
 
         Args:
             x: [batch, seq, hidden], normalised.
             rotary: cosines and sines, each [batch or 1, seq, rope_dim / 2].
-            bias: added to the scores, broadcast to [batch, heads, seq, seq]; -inf hides a key.
+            bias: None for plain causal attention; else added to the scores in its stead,
+                broadcast to [batch, heads, seq, seq], -inf hiding a key.
+            cache: if given, one layer's rows of a :class:`LatentCache`, whose first ``seq`` slots
+                are filled.
         """
         config = self.config
         batch, seq, _ = x.shape
         heads = config.num_attention_heads
-        table = (rotary[0][:, :, None], rotary[1][:, :, None])
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.view(batch, seq, heads, config.qk_head_dim)
-        q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
-            [config.kv_lora_rank, config.qk_rope_head_dim], -1
-        )
-        expanded = self.kv_b_proj(self.kv_a_layernorm(latent))
+        q_nope, q_rope = self._queries(x, rotary)
+        latent, k_rope = self._latents(x, rotary)
+        if cache is not None:
+            cache[:, :seq] = torch.cat((latent, k_rope), -1)
+        expanded = self.kv_b_proj(latent)
         expanded = expanded.view(batch, seq, heads, config.qk_nope_head_dim + config.v_head_dim)
         k_nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-        q_rope = rotate(q_rope, table)
-        k_rope = rotate(k_rope[:, :, None], table).expand(-1, -1, heads, -1)
+        key = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), -1)
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
         query = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
-        key = torch.cat((k_nope, k_rope), -1).transpose(1, 2)
-        scores = query @ key.transpose(-1, -2) * self.scale + bias
-        weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
-        mixed = weights @ value.transpose(1, 2)
+        # torch's fused kernels want values as wide as the keys; zeros cost less than the
+        # unfused path, which also needs memory for every pair of tokens.
+        widened = F.pad(value, (0, max(config.qk_head_dim - config.v_head_dim, 0)))
+        mixed = F.scaled_dot_product_attention(
+            query, key, widened, attn_mask=bias, is_causal=bias is None, scale=self.scale
+        )[..., : config.v_head_dim]
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+    def step(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Tensor,
+        slots: tuple[Tensor, Tensor],
+        bias: Tensor,
+    ) -> Tensor:
+        """Attends from new tokens to the cache and to each other, without expanding the cache.
+
+        Args:
+            x: [batch, new, hidden], normalised.
+            rotary: cosines and sines, each [batch, new, rope_dim / 2].
+            cache: one layer's rows, [batch, capacity, latent width]; the new tokens' are added.
+            slots: where they go: sequence and slot, each int64 [batch, new].
+            bias: [batch, new, 1, length], -inf hiding a slot; ``length`` slots are looked at.
+        """
+        config = self.config
+        batch, new, _ = x.shape
+        heads, rank = config.num_attention_heads, config.kv_lora_rank
+        q_nope, q_rope = self._queries(x, rotary)
+        cache[slots] = torch.cat(self._latents(x, rotary), -1)
+        seen = cache[:, : bias.shape[-1]]
+
+        up = self.kv_b_proj.weight.view(heads, -1, rank)
+        key_up, value_up = up[:, : config.qk_nope_head_dim], up[:, config.qk_nope_head_dim :]
+        # q . (W_k c) = (W_k^T q) . c, a product a head; likewise W_v after the mixing.
+        absorbed = q_nope.reshape(batch * new, heads, -1).transpose(0, 1) @ key_up
+        absorbed = absorbed.transpose(0, 1).reshape(batch, new, heads, rank)
+        query = torch.cat((absorbed, q_rope), -1).view(batch, new * heads, -1)
+        scores = (query @ seen.transpose(1, 2)).view(batch, new, heads, -1) * self.scale + bias
+        weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
+        mixed = weights.view(batch, new * heads, -1) @ seen[..., :rank]
+        mixed = mixed.view(batch * new, heads, rank).transpose(0, 1) @ value_up.transpose(1, 2)
+        return self.o_proj(mixed.transpose(0, 1).reshape(batch, new, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from r1sae_fast.r1.attention import LatentAttention
+from r1sae_fast.r1.cache import LatentCache
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.moe import MLP, MoE
 from r1sae_fast.r1.norm import RMSNorm
@@ -25,9 +26,29 @@ class Block(nn.Module):
             MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
         )
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], bias: Tensor) -> Tensor:
-        """Residual stream before the block [batch, seq, hidden] to the one after it."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, bias)
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        bias: Tensor | None = None,
+        cache: Tensor | None = None,
+    ) -> Tensor:
+        """Residual stream before the block [batch, seq, hidden] to the one after it; the other
+        arguments are :meth:`LatentAttention.forward`'s."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, bias, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+    def step(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: Tensor,
+        slots: tuple[Tensor, Tensor],
+        bias: Tensor,
+    ) -> Tensor:
+        """The same for new tokens [batch, new, hidden] after cached ones; the other arguments
+        are :meth:`LatentAttention.step`'s."""
+        x = x + self.self_attn.step(self.input_layernorm(x), rotary, cache, slots, bias)
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
@@ -64,14 +85,53 @@ class R1Model(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def has_head(self) -> bool:
+        """False for a model built only up to a layer."""
+        return hasattr(self, "lm_head")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        norm: nn.Module = self.layers[0].input_layernorm  # type: ignore[assignment]  # a Block's norm
+        return norm.weight.dtype  # type: ignore[return-value]  # a parameter
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [batch, seq] (right-padded, if at all) to the normalised last residual
         [batch, seq, hidden]; ``lm_head`` makes logits of it."""
-        dtype = self.norm.weight.dtype
-        x = self.embed_tokens(tokens).to(dtype)
+        return self.norm(self.residual(tokens))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+    def residual(
+        self, tokens: Tensor, layer: int | None = None, cache: LatentCache | None = None
+    ) -> Tensor:
+        """Token ids [batch, seq] to the residual stream after block ``layer`` (default: the last)
+        [batch, seq, hidden]; later blocks are not run.
+
+        Attention is causal and sequences start at position 0, so padding on the right changes
+        nothing in front of it. With a ``cache``, its first ``seq`` slots are filled on the way.
+        """
+        x = self.embed_tokens(tokens).to(self.dtype)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         rotary = rotary_table(self.config, positions)
-        bias = causal_bias(tokens.shape[1], tokens.device, dtype)
-        for block in self.layers:
-            x = block(x, rotary, bias)
-        return self.norm(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        blocks = self.layers if layer is None else self.layers[: layer + 1]
+        for index, block in enumerate(blocks):
+            x = block(x, rotary, cache=None if cache is None else cache.rows[index])
+        return x  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+    def step(self, tokens: Tensor, cache: LatentCache) -> Tensor:
+        """Residual stream after the last block [batch, new, hidden] for new tokens
+        [batch, new] that continue the cached sequences; the cache grows by them."""
+        batch, new = tokens.shape
+        positions = cache.lengths[:, None] + torch.arange(new, device=tokens.device)
+        length = int(positions.max()) + 1
+        cache.reserve(length)
+        slots = (torch.arange(batch, device=tokens.device)[:, None].expand(-1, new), positions)
+        hidden = torch.arange(length, device=tokens.device) > positions[..., None]
+        bias = torch.zeros(hidden.shape, dtype=self.dtype, device=tokens.device)
+        bias = bias.masked_fill_(hidden, -torch.inf)[:, :, None]
+        x = self.embed_tokens(tokens).to(self.dtype)
+        rotary = rotary_table(self.config, positions)
+        for index, block in enumerate(self.layers):
+            x = block.step(x, rotary, cache.rows[index], slots, bias)  # type: ignore[operator]  # a Block
+        cache.lengths = cache.lengths + new
+        return x  # type: ignore[no-any-return]  # nn.Module calls are untyped

@@ -8,6 +8,7 @@ YaRN, arXiv:2309.00071.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,15 +16,16 @@ from torch import Tensor
 from r1sae_fast.r1.config import R1Config
 
 
+@lru_cache(maxsize=8)
 def inverse_frequencies(config: R1Config) -> Tensor:
     """Angular speed of each pair, float32 [qk_rope_head_dim / 2].
 
     Under YaRN the slow pairs (fewer than ``beta_slow`` turns in the original context) are
     slowed by ``factor``, the fast ones (more than ``beta_fast`` turns) are kept, and a linear
-    ramp over the pair's index lies between.
+    ramp over the pair's index lies between. Kept between calls: do not write into it.
     """
     dim = config.qk_rope_head_dim
-    pair = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    pair = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     plain = 1.0 / config.rope_theta**pair
     scaling = config.rope_scaling
     if scaling is None:
@@ -36,7 +38,8 @@ def inverse_frequencies(config: R1Config) -> Tensor:
     low = max(math.floor(pair_with_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with_turns(scaling.beta_slow)), dim - 1)
     width = max(high - low, 0.001)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    index = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
+    ramp = ((index - low) / width).clamp(0, 1)
     return plain / scaling.factor * ramp + plain * (1 - ramp)
 
 
