@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
+from r1sae_fast.r1.chat import (
+    ASSISTANT,
+    BOS,
+    END_THINK,
+    EOS,
+    PAD,
+    THINK,
+    USER,
+    Tokenizer,
+    tokenizer_config,
+)
+from r1sae_fast.r1.checkpoint import write_checkpoint
 from r1sae_fast.r1.config import R1Config, YarnScaling
+from r1sae_fast.r1.engines.local import LocalEngine
 from r1sae_fast.r1.model import R1Model
 
 torch.set_num_threads(1)
@@ -66,3 +83,44 @@ def make_model() -> Callable[..., R1Model]:
         return random_model(small_config(**changes), seed)
 
     return make
+
+
+ALPHABET = [*"abcdefghijklmnopqrstuvwxyz", " ", "\n", ".", "?"]
+SPECIAL = [BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK]
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer with R1's special tokens; bytes outside ALPHABET are dropped."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = {token: number for number, token in enumerate(SPECIAL)}
+    for letter in ALPHABET:
+        vocabulary[byte_level.pre_tokenize_str(letter)[0][0]] = len(vocabulary)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in SPECIAL])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(tokenizer_config(), ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in R1's layout with random weights and a tokenizer; do not write into it."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    model = random_model(small_config())
+    write_checkpoint(directory, model.config, model.state_dict())
+    write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture
+def engine(checkpoint: Path) -> LocalEngine:
+    """The checkpoint in float32."""
+    return LocalEngine.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture
+def tokenizer(checkpoint: Path) -> Tokenizer:
+    """Its tokenizer."""
+    return Tokenizer.from_pretrained(checkpoint)

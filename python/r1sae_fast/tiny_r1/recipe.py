@@ -71,9 +71,7 @@ class Recipe:
 
     def rate(self, step: int) -> float:
         """Learning-rate factor: linear warm-up, constant, linear to zero over the last part."""
-        return min(
-            (step + 1) / self.warm_up, 1.0, (self.steps - step) / (self.decay * self.steps)
-        )
+        return min((step + 1) / self.warm_up, 1.0, (self.steps - step) / (self.decay * self.steps))
 
 
 def initialise(model: R1Model, seed: int) -> None:
