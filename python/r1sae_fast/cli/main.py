@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from r1sae_fast.cli import info
+from r1sae_fast.cli import info, tiny_r1
 from r1sae_fast.cli.guard import GuardedGroup
 
 COMMANDS = [
+    tiny_r1,
     info,
 ]
 

@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from r1sae_fast.tiny_r1 import vocabulary
+from r1sae_fast.r1.chat import ASSISTANT, BOS, EOS, PAD, THINK, USER
 from r1sae_fast.tiny_r1.problems import Problem, problems
 from r1sae_fast.tiny_r1.traces import LossWeights, Piece, trace
+from r1sae_fast.tiny_r1.vocabulary import SPECIAL
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,13 @@ class _Encoded:
 
 def prompt_text(problem: Problem) -> str:
     """The conversation up to where R1 starts to think."""
-    user, assistant = vocabulary.USER, vocabulary.ASSISTANT
-    return f"{vocabulary.BOS}{user}{problem.prompt}{assistant}{vocabulary.THINK}\n"
+    return f"{BOS}{USER}{problem.prompt}{ASSISTANT}{THINK}\n"
 
 
 def _encode(
     tokenizer: Tokenizer, problem: Problem, pieces: list[Piece], loss: LossWeights
 ) -> _Encoded:
-    end = Piece(vocabulary.EOS)
+    end = Piece(EOS)
     texts = [Piece(prompt_text(problem), "prompt"), *pieces, end]
     tokens, weights, decisions = [], [], []
     for piece, encoding in zip(
@@ -87,7 +87,7 @@ def batches(
     ``pool`` batches are drawn together and sorted by length, so that little is padding, then
     taken in a random order.
     """
-    pad = tokenizer.token_to_id(vocabulary.PAD)
+    pad = SPECIAL.index(PAD)
     index = start
     while True:
         group, offset = divmod(index, pool)

@@ -21,12 +21,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     """The orthogonal factor of each of [count, rows, columns], roughly, in bfloat16."""
     a, b, c = _COEFFICIENTS
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if wide else matrices.mT
+    x = matrices if wide else matrices.transpose(-2, -1)
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
+        gram = x @ x.transpose(-2, -1)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if wide else x.mT
+    result: Tensor = x if wide else x.transpose(-2, -1)
+    return result
 
 
 class Optimizer:
@@ -81,7 +82,7 @@ class Optimizer:
         for shape, members in groups.items():
             updates = orthogonalise(torch.cat([update for _, update in members])).float()
             scale = lr * _UPDATE_RMS * max(shape) ** 0.5
-            parts = updates.split([update.shape[0] for _, update in members])
+            parts = torch.split(updates, [update.shape[0] for _, update in members])
             for (name, _), update in zip(members, parts, strict=True):
                 master = self.state[f"master.{name}"]
                 master.mul_(1 - lr * self.weight_decay)

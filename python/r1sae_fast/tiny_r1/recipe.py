@@ -184,7 +184,8 @@ class Training:
                 if isinstance(module, (LatentAttention, MLP, RMSNorm)):
                     module.compile(dynamic=True)
         self.load = _Load(self.model)
-        matrices, others = {}, {}
+        matrices: dict[str, Tensor] = {}
+        others: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             projection = parameter.dim() > 1 and not name.startswith(("embed", "lm_head"))
             is_matrix = projection and not name.endswith("mlp.gate.weight")

@@ -11,21 +11,28 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from r1sae_fast.r1.chat import (
+    ASSISTANT,
+    BOS,
+    END_THINK,
+    EOS,
+    PAD,
+    THINK,
+    USER,
+    tokenizer_config,
+)
 from r1sae_fast.tiny_r1.problems import DAYS, NAMES, OBJECTS
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
-THINK, END_THINK = "<think>", "</think>"
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 
-# Words that also open a sentence or a paragraph, and those that never do.
-_OPENING = "A First Is Okay Start The Today What".split()
+# Words without a space before them (they open a paragraph), then words with one.
+_OPENING = ("A", "First", "Is", "Okay", "Start", "The", "Today", "What")
 _INNER = (
     "Check How It Next On So Wait What add after and answer asked away back buys clock come comes "
     "day days does even gives has have hours how in is it later leaves many me minus more odd on "
     "or plus result show shows so start take that the then times to user was what whether which "
     "with wrong"
-).split()
+)
 _MARKS = [".", ",", "?", ":", ".\n", ".\n\n", "\n", "\n\n"]
 
 # R1's own split, but for the optional space before a number.
@@ -38,7 +45,7 @@ _WORD = (
 
 def words() -> list[str]:
     """Every whole-word token, in the order of their ids."""
-    spaced = sorted({*_INNER, *NAMES, *OBJECTS, *DAYS})
+    spaced = sorted({*_INNER.split(), *NAMES, *OBJECTS, *DAYS})
     return [
         *_MARKS,
         *(f" {number}" for number in range(100)),
@@ -72,19 +79,8 @@ def build() -> Tokenizer:
     return tokenizer
 
 
-def write(directory: Path, chat_template: str) -> None:
+def write(directory: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``directory``."""
     build().save(str(directory / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-        "chat_template": chat_template,
-    }
-    text = json.dumps(config, ensure_ascii=False, indent=2)
+    text = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2)
     (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
