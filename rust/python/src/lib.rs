@@ -5,10 +5,12 @@ use pyo3::prelude::*;
 
 mod errors;
 mod interrupt;
+mod shards;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+    shards::register(module)?;
     Ok(())
 }

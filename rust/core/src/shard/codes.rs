@@ -257,6 +257,11 @@ impl CodeShardReader {
         self.file.path()
     }
 
+    /// Length of the file.
+    pub fn bytes(&self) -> usize {
+        self.file.bytes().len()
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.layout.row_offsets.shape[0].saturating_sub(1)

@@ -1,0 +1,186 @@
+//! All activation shards of a folder as one long array of rows.
+
+use std::ops::Range;
+use std::path::Path;
+
+use half::bf16;
+use memmap2::MmapMut;
+use rayon::prelude::*;
+
+use super::activations::{ActivationDtype, ActivationShardReader, ActivationView};
+use super::fp8;
+use super::gather::{ColumnsMut, Listed, Rows, Starts};
+use crate::{Cancel, Error, Result};
+
+/// Bytes of output that one task fills.
+const TASK_BYTES: usize = 1 << 18;
+
+/// What a gather writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    /// The stored bytes (not for fp8, whose codes mean nothing without their scales).
+    Stored,
+    /// bfloat16, decoded from fp8.
+    Bf16,
+    /// f32, decoded from fp8.
+    F32,
+}
+
+/// Activation shards in manifest order.
+#[derive(Debug)]
+pub struct ActivationSet {
+    shards: Vec<ActivationShardReader>,
+    starts: Starts,
+    d_in: usize,
+    dtype: ActivationDtype,
+}
+
+impl ActivationSet {
+    /// Opens all files and compares each with what is listed of it.
+    pub fn open(
+        listed: &[Listed],
+        d_in: usize,
+        dtype: ActivationDtype,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let mut shards = Vec::with_capacity(listed.len());
+        for listed in listed {
+            cancel.check()?;
+            let shard = ActivationShardReader::open(&listed.path)
+                .map_err(|error| listed.explain_missing(error))?;
+            if shard.d_in() != d_in || shard.dtype() != dtype {
+                return Err(shard.bad(format!(
+                    "holds {} activations of width {}, the manifest says {} of width {d_in}; \
+                     restore the file that the manifest describes",
+                    shard.dtype().dtype(),
+                    shard.d_in(),
+                    dtype.dtype()
+                )));
+            }
+            listed.check(shard.rows(), shard.bytes())?;
+            shards.push(shard);
+        }
+        let starts = Starts::new(shards.iter().map(ActivationShardReader::rows));
+        Ok(Self {
+            shards,
+            starts,
+            d_in,
+            dtype,
+        })
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.starts.rows()
+    }
+
+    /// Copies or decodes `rows` into `out`, `[rows, d_in]` in the type of `output`, and
+    /// their columns into `columns`, on all of rayon's threads.
+    pub fn gather(
+        &self,
+        rows: &Rows<'_>,
+        output: Output,
+        out: &mut [u8],
+        columns: ColumnsMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        rows.check(self.rows())?;
+        columns.check(rows.len())?;
+        let size = match (output, self.dtype) {
+            (Output::Stored, ActivationDtype::Fp8) => {
+                return Err(Error::InvalidArgument(
+                    "fp8 activations are read decoded: ask for bfloat16 or float32".to_owned(),
+                ));
+            }
+            (Output::Stored, dtype) => dtype.size(),
+            (Output::Bf16, ActivationDtype::Fp8) => 2,
+            (Output::F32, ActivationDtype::Fp8) => 4,
+            (_, dtype) => {
+                return Err(Error::InvalidArgument(format!(
+                    "{} activations are read as they are stored",
+                    dtype.dtype()
+                )));
+            }
+        };
+        let width = self.d_in * size;
+        if out.len() != rows.len() * width {
+            return Err(Error::InvalidArgument(format!(
+                "the array to fill has {} bytes, expected {} rows of {width}",
+                out.len(),
+                rows.len()
+            )));
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let views: Vec<_> = self
+            .shards
+            .iter()
+            .map(ActivationShardReader::view)
+            .collect();
+        let task_rows = (TASK_BYTES / width).max(1);
+        let mut tasks = Vec::new();
+        let mut rest = columns;
+        for (task, out) in out.chunks_mut(task_rows * width).enumerate() {
+            let (columns, more) = rest.split(out.len() / width);
+            rest = more;
+            tasks.push((task * task_rows, out, columns));
+        }
+        tasks
+            .into_par_iter()
+            .try_for_each(|(first, out, mut columns)| {
+                cancel.check()?;
+                let mut shard = 0;
+                for (place, out) in out.chunks_exact_mut(width).enumerate() {
+                    let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
+                    shard = found;
+                    let view = &views[shard];
+                    read_row(view, row, output, out)?;
+                    columns.set(place, &view.columns, row);
+                }
+                Ok(())
+            })
+    }
+
+    /// A private mapping of the stored bytes of `rows`, if they lie in one shard and
+    /// need no decoding; else `None`, and [`ActivationSet::gather`] serves. See
+    /// [`ActivationShardReader::map_private`].
+    pub fn map_private(&self, rows: Range<usize>) -> Result<Option<MmapMut>> {
+        Rows::Range(rows.clone()).check(self.rows())?;
+        if rows.is_empty() || self.dtype == ActivationDtype::Fp8 {
+            return Ok(None);
+        }
+        let (shard, start) = self.starts.locate(rows.start);
+        if self.starts.locate(rows.end - 1).0 != shard {
+            return Ok(None);
+        }
+        self.shards[shard].map_private(start..start + rows.len())
+    }
+
+    /// The files, in order.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(ActivationShardReader::path)
+    }
+}
+
+/// Copies or decodes one row; `out` has the width that `output` needs.
+fn read_row(view: &ActivationView<'_>, row: usize, output: Output, out: &mut [u8]) -> Result<()> {
+    let misaligned = |error| {
+        Error::InvalidArgument(format!(
+            "the array to fill is not aligned for its type: {error}"
+        ))
+    };
+    let stored = view.row(row);
+    match output {
+        Output::Stored => out.copy_from_slice(stored),
+        Output::Bf16 => {
+            let out = bytemuck::try_cast_slice_mut::<u8, bf16>(out).map_err(misaligned)?;
+            fp8::decode_bf16(stored, view.scales[row], out);
+        }
+        Output::F32 => {
+            let out = bytemuck::try_cast_slice_mut::<u8, f32>(out).map_err(misaligned)?;
+            fp8::decode_f32(stored, view.scales[row], out);
+        }
+    }
+    Ok(())
+}
