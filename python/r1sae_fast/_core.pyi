@@ -1,4 +1,60 @@
 """The Rust extension (crate rust/python). Checked against the built module by stubtest."""
 
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
 __version__: str
 DEBUG_BUILD: bool
+
+# -- shards (rust/python/src/shards.rs) --
+
+_Bytes: TypeAlias = NDArray[np.uint8]
+_Rows: TypeAlias = tuple[int, int] | NDArray[np.int64]
+
+def write_shard(
+    path: str | PathLike[str], tensors: Sequence[tuple[str, str, Sequence[int], _Bytes]]
+) -> tuple[int, str]: ...
+def checksum_file(path: str | PathLike[str]) -> tuple[int, str]: ...
+def permutation(rows: int, seed: int, epoch: int, start: int, stop: int) -> NDArray[np.int64]: ...
+
+@final
+class FolderLock:
+    def __new__(cls, folder: str | PathLike[str]) -> FolderLock: ...
+    def release(self) -> None: ...
+
+@final
+class ActivationSet:
+    def __new__(
+        cls, files: Sequence[tuple[str | PathLike[str], int, int]], d_in: int, dtype: str
+    ) -> ActivationSet: ...
+    @property
+    def rows(self) -> int: ...
+    def gather(
+        self, rows: _Rows, output: str, out: _Bytes, columns: tuple[NDArray[Any], ...]
+    ) -> None: ...
+    def columns(self, rows: _Rows, columns: tuple[NDArray[Any], ...]) -> None: ...
+    def map_private(self, start: int, stop: int) -> _Bytes | None: ...
+
+@final
+class CodeSet:
+    def __new__(
+        cls, files: Sequence[tuple[str | PathLike[str], int, int]], d_sae: int, dtype: str
+    ) -> CodeSet: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def nnz(self) -> int: ...
+    def row_offsets(self, rows: _Rows) -> NDArray[np.int64]: ...
+    def gather(
+        self,
+        rows: _Rows,
+        row_offsets: NDArray[np.int64],
+        values: NDArray[Any],
+        indices: NDArray[np.int32],
+        columns: tuple[NDArray[Any], ...],
+    ) -> None: ...
+    def validate(self, shard: int) -> None: ...

@@ -213,6 +213,18 @@ impl ActivationSet {
         })
     }
 
+    /// Fills the columns alone.
+    fn columns(
+        &self,
+        py: Python<'_>,
+        rows: RowsArgument<'_>,
+        mut columns: ColumnsArgument<'_>,
+    ) -> PyResult<()> {
+        let rows = rows.rows()?;
+        let columns = columns_mut(&mut columns)?;
+        py.detach(|| self.0.columns(&rows, columns)).map_err(to_py)
+    }
+
     /// The stored bytes of rows `start..stop` in place, copied only where written to;
     /// `None` when they lie in several shards or need decoding.
     fn map_private<'py>(

@@ -142,6 +142,24 @@ impl ActivationSet {
             })
     }
 
+    /// Copies the columns of `rows`, without their activations.
+    pub fn columns(&self, rows: &Rows<'_>, mut columns: ColumnsMut<'_>) -> Result<()> {
+        rows.check(self.rows())?;
+        columns.check(rows.len())?;
+        let views: Vec<_> = self
+            .shards
+            .iter()
+            .map(ActivationShardReader::view)
+            .collect();
+        let mut shard = 0;
+        for place in 0..rows.len() {
+            let (found, row) = self.starts.locate_near(rows.get(place), shard);
+            shard = found;
+            columns.set(place, &views[shard].columns, row);
+        }
+        Ok(())
+    }
+
     /// A private mapping of the stored bytes of `rows`, if they lie in one shard and
     /// need no decoding; else `None`, and [`ActivationSet::gather`] serves. See
     /// [`ActivationShardReader::map_private`].
