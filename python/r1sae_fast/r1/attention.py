@@ -40,15 +40,15 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
         self.scale = attention_scale(config)
 
-    def _queries(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _queries(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """Each [batch, seq, heads, part]: the part without position, and the rotary one."""
         config = self.config
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.view(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
         q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        return q_nope, rotate(q_rope, (rotary[0][:, :, None], rotary[1][:, :, None]))
+        return q_nope, rotate(q_rope, rotary[:, :, None])
 
-    def _latents(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """What the tokens are attended by: normalised latent [batch, seq, kv_lora_rank] and
         turned rotary key [batch, seq, rope_dim]."""
         config = self.config
@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         bias: Tensor | None = None,
         cache: Tensor | None = None,
     ) -> Tensor:
@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x: [batch, seq, hidden], normalised.
-            rotary: cosines and sines, each [batch or 1, seq, rope_dim / 2].
+            rotary: of the positions, [batch or 1, seq, rope_dim / 2].
             bias: None for plain causal attention; else added to the scores in its stead,
                 broadcast to [batch, heads, seq, seq], -inf hiding a key.
             cache: if given, one layer's rows of a :class:`LatentCache`, whose first ``seq`` slots
@@ -98,7 +98,7 @@ class LatentAttention(nn.Module):
     def step(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         cache: Tensor,
         slots: tuple[Tensor, Tensor],
         bias: Tensor,
@@ -107,7 +107,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x: [batch, new, hidden], normalised.
-            rotary: cosines and sines, each [batch, new, rope_dim / 2].
+            rotary: of their positions, [batch, new, rope_dim / 2].
             cache: one layer's rows, [batch, capacity, latent width]; the new tokens' are added.
             slots: where they go: sequence and slot, each int64 [batch, new].
             bias: [batch, new, 1, length], -inf hiding a slot; ``length`` slots are looked at.
@@ -125,8 +125,10 @@ class LatentAttention(nn.Module):
         absorbed = q_nope.reshape(batch * new, heads, -1).transpose(0, 1) @ key_up
         absorbed = absorbed.transpose(0, 1).reshape(batch, new, heads, rank)
         query = torch.cat((absorbed, q_rope), -1).view(batch, new * heads, -1)
-        scores = (query @ seen.transpose(1, 2)).view(batch, new, heads, -1) * self.scale + bias
-        weights = scores.softmax(-1, dtype=torch.float32).to(x.dtype)
-        mixed = weights.view(batch, new * heads, -1) @ seen[..., :rank]
-        mixed = mixed.view(batch * new, heads, rank).transpose(0, 1) @ value_up.transpose(1, 2)
+        # To the cache, all heads of all new tokens are queries on one and the same key.
+        bias = bias.expand(-1, -1, heads, -1).reshape(batch, 1, new * heads, -1)
+        mixed = F.scaled_dot_product_attention(
+            query[:, None], seen[:, None], seen[:, None], attn_mask=bias, scale=self.scale
+        )[..., :rank]
+        mixed = mixed.reshape(batch * new, heads, rank).transpose(0, 1) @ value_up.transpose(1, 2)
         return self.o_proj(mixed.transpose(0, 1).reshape(batch, new, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped

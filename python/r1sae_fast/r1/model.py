@@ -29,7 +29,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         bias: Tensor | None = None,
         cache: Tensor | None = None,
     ) -> Tensor:
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def step(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
         cache: Tensor,
         slots: tuple[Tensor, Tensor],
         bias: Tensor,

@@ -13,6 +13,10 @@ from torch.nn import functional as F
 
 from r1sae_fast.r1.config import R1Config
 
+# Up to these, running every expert on every token costs less than sorting the tokens.
+_FEW_TOKENS = 64
+_FEW_EXPERTS = 4  # times the experts of a token
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
@@ -71,6 +75,21 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sums each token's experts: x [tokens, hidden], experts and weights [tokens, k]."""
         tokens, k = experts.shape
+        if tokens <= _FEW_TOKENS and self.gate_up.shape[0] <= _FEW_EXPERTS * k:
+            outputs = self._every_expert(x)[experts, torch.arange(tokens, device=x.device)[:, None]]
+        else:
+            outputs = self._chosen_experts(x, experts)
+        return (outputs * weights.to(x.dtype)[..., None]).sum(1)
+
+    def _every_expert(self, x: Tensor) -> Tensor:
+        """[experts, tokens, hidden]: more arithmetic, but two products instead of two an expert."""
+        every = x.expand(self.gate_up.shape[0], -1, -1)
+        gate, up = (every @ self.gate_up.transpose(1, 2)).chunk(2, -1)
+        return (F.silu(gate) * up) @ self.down.transpose(1, 2)
+
+    def _chosen_experts(self, x: Tensor, experts: Tensor) -> Tensor:
+        """[tokens, k, hidden], each expert on its own tokens only."""
+        tokens, k = experts.shape
         order = experts.flatten().argsort(stable=True)
         counts = torch.bincount(experts.flatten(), minlength=self.gate_up.shape[0]).tolist()
         rows = order // k
@@ -79,13 +98,11 @@ class Experts(nn.Module):
             if part.shape[0]:
                 gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
                 outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))
-        # Back to token order by the inverse permutation, then k contributions a token are summed:
-        # deterministic, unlike a scatter-add.
+        # Back to token order by the inverse permutation: deterministic, unlike a scatter-add.
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(tokens * k, device=order.device)
         sorted_outputs = torch.cat(outputs) if outputs else x.new_empty(0, x.shape[-1])
-        gathered = sorted_outputs[inverse].view(tokens, k, -1)
-        return (gathered * weights.to(x.dtype)[..., None]).sum(1)
+        return sorted_outputs[inverse].view(tokens, k, -1)
 
 
 class MoE(nn.Module):

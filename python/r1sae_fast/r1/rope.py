@@ -56,8 +56,8 @@ def attention_scale(config: R1Config) -> float:
     return scale
 
 
-def rotary_table(config: R1Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for int ``positions`` of any shape: two float32 [..., rope_dim / 2]."""
+def rotary_table(config: R1Config, positions: Tensor) -> Tensor:
+    """Unit vectors for int ``positions`` of any shape: complex64 [..., rope_dim / 2]."""
     frequencies = inverse_frequencies(config).to(positions.device)
     angles = positions.to(torch.float32)[..., None] * frequencies
     magnitude = 1.0
@@ -65,16 +65,13 @@ def rotary_table(config: R1Config, positions: Tensor) -> tuple[Tensor, Tensor]:
         magnitude = _mscale(scaling.factor, scaling.mscale) / _mscale(
             scaling.factor, scaling.mscale_all_dim
         )
-    return angles.cos() * magnitude, angles.sin() * magnitude
+    return torch.polar(torch.full_like(angles, magnitude), angles)
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the interleaved pairs of ``x`` [..., rope_dim] by a table that broadcasts to them.
 
-    Computed in float32, returned in x's dtype. The pairs come out as two halves (all first
-    components, then all second ones); queries and keys go through here alike, so their
-    products do not depend on that order.
+    A pair is a complex number, times the table's: computed in float32, returned in x's dtype.
     """
-    cosine, sine = table
-    even, odd = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.cat((even * cosine - odd * sine, odd * cosine + even * sine), -1).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().contiguous().view(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
