@@ -20,7 +20,8 @@ class ShardFolder:
     _kind: ClassVar[str]
 
     def __init__(self, folder: str | os.PathLike[str], dtypes: Container[str]) -> None:
-        self.folder = Path(folder)
+        # Absolute, as files are opened again later, when the working directory may be another.
+        self.folder = Path(os.path.abspath(folder))
         self._manifest = Manifest.read(self.folder)
         header = self._manifest.header
         if header.kind != self._kind:

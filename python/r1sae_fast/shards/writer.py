@@ -77,7 +77,7 @@ class FolderWriter:
         self._unsure = False
         self._columns = {name: Growing((), dtype) for name, (dtype, _, _) in COLUMNS.items()}
         self._lock: _core.FolderLock | None = None
-        path = Path(folder)
+        path = Path(os.path.abspath(folder))
         _refuse_foreign(path)
         path.mkdir(parents=True, exist_ok=True)
         lock = _core.FolderLock(path)

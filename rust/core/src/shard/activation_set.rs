@@ -113,11 +113,6 @@ impl ActivationSet {
         if rows.is_empty() {
             return Ok(());
         }
-        let views: Vec<_> = self
-            .shards
-            .iter()
-            .map(ActivationShardReader::view)
-            .collect();
         let task_rows = (TASK_BYTES / width).max(1);
         let mut tasks = Vec::new();
         let mut rest = columns;
@@ -134,8 +129,8 @@ impl ActivationSet {
                 for (place, out) in out.chunks_exact_mut(width).enumerate() {
                     let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
                     shard = found;
-                    let view = &views[shard];
-                    read_row(view, row, output, out)?;
+                    let view = self.shards[shard].view();
+                    read_row(&view, row, output, out)?;
                     columns.set(place, &view.columns, row);
                 }
                 Ok(())
@@ -146,16 +141,11 @@ impl ActivationSet {
     pub fn columns(&self, rows: &Rows<'_>, mut columns: ColumnsMut<'_>) -> Result<()> {
         rows.check(self.rows())?;
         columns.check(rows.len())?;
-        let views: Vec<_> = self
-            .shards
-            .iter()
-            .map(ActivationShardReader::view)
-            .collect();
         let mut shard = 0;
         for place in 0..rows.len() {
             let (found, row) = self.starts.locate_near(rows.get(place), shard);
             shard = found;
-            columns.set(place, &views[shard].columns, row);
+            columns.set(place, &self.shards[shard].view().columns, row);
         }
         Ok(())
     }

@@ -122,7 +122,6 @@ impl CodeSet {
     /// The row offsets of a gather of `rows`: from 0, one more than there are rows.
     pub fn row_offsets(&self, rows: &Rows<'_>, cancel: &Cancel) -> Result<Vec<i64>> {
         rows.check(self.rows())?;
-        let views: Vec<_> = self.shards.iter().map(CodeShardReader::view).collect();
         let mut offsets = Vec::with_capacity(rows.len() + 1);
         let (mut total, mut shard) = (0_i64, 0);
         offsets.push(total);
@@ -132,7 +131,7 @@ impl CodeSet {
             }
             let (found, row) = self.starts.locate_near(rows.get(place), shard);
             shard = found;
-            let span = self.span(&views[shard], shard, row)?;
+            let span = self.span(&self.shards[shard].view(), shard, row)?;
             total += span.len() as i64;
             offsets.push(total);
         }
@@ -170,22 +169,15 @@ impl CodeSet {
                 "the arrays to fill do not fit the row offsets of these rows".to_owned(),
             ));
         }
-        let views: Vec<_> = self.shards.iter().map(CodeShardReader::view).collect();
         tasks(rows.len(), offsets, values, indices, columns)
             .into_par_iter()
             .try_for_each(|task| {
                 cancel.check()?;
-                self.run(task, rows, offsets, &views)
+                self.run(task, rows, offsets)
             })
     }
 
-    fn run(
-        &self,
-        task: Task<'_>,
-        rows: &Rows<'_>,
-        offsets: &[i64],
-        views: &[CodeView<'_>],
-    ) -> Result<()> {
+    fn run(&self, task: Task<'_>, rows: &Rows<'_>, offsets: &[i64]) -> Result<()> {
         let Task {
             places,
             mut values,
@@ -197,8 +189,8 @@ impl CodeSet {
         for place in places.clone() {
             let (found, row) = self.starts.locate_near(rows.get(place), shard);
             shard = found;
-            let view = &views[shard];
-            let from = self.span(view, shard, row)?;
+            let view = self.shards[shard].view();
+            let from = self.span(&view, shard, row)?;
             // Both ends lie in this task's share: the offsets are in order (checked).
             let start = (offsets[place] - base) as usize;
             let to = start..(offsets[place + 1] - base) as usize;
