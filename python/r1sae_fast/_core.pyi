@@ -58,3 +58,38 @@ class CodeSet:
         columns: tuple[NDArray[Any], ...],
     ) -> None: ...
     def validate(self, shard: int) -> None: ...
+
+# -- examples (rust/python/src/examples.rs) --
+
+@final
+class ExampleAccumulator:
+    def __new__(cls, d_sae: int, n: int) -> ExampleAccumulator: ...
+    @staticmethod
+    def from_parts(
+        strengths: NDArray[np.float32],
+        rows: NDArray[np.int64],
+        histogram: NDArray[np.uint64],
+        sums: NDArray[np.uint64],
+        scanned: int,
+    ) -> ExampleAccumulator: ...
+    def add(
+        self,
+        values: NDArray[np.float32] | NDArray[np.uint16],
+        indices: NDArray[np.uint32],
+        row_offsets: NDArray[np.int64],
+        first_row: int,
+        threads: int,
+    ) -> None: ...
+    def add_shards(
+        self, shards: Sequence[tuple[PathLike[str], int, int]], threads: int
+    ) -> None: ...
+    def merge(self, other: ExampleAccumulator) -> None: ...
+    def parts(
+        self,
+    ) -> tuple[
+        NDArray[np.float32], NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], int
+    ]: ...
+    @property
+    def scanned(self) -> int: ...
+
+def example_histogram_edges() -> NDArray[np.float32]: ...

@@ -4,6 +4,7 @@
 use pyo3::prelude::*;
 
 mod errors;
+mod examples;
 mod interrupt;
 mod shards;
 
@@ -12,5 +13,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
     shards::register(module)?;
+    module.add_class::<examples::ExampleAccumulator>()?;
+    module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;
     Ok(())
 }

@@ -1,1 +1,20 @@
-//! (in construction)
+//! The strongest rows, counts, sums and histograms of all features at once, in
+//! one pass over sparse codes and in memory that does not grow with the rows.
+//!
+//! The result is a function of the set of (row, feature, strength) alone: an
+//! [`Accumulator`] merges exactly, so how the rows were cut into shards, batches
+//! and threads can't be seen in it. That asks three things of its parts:
+//! [`heap`] breaks ties by the lower row, [`histogram`] has fixed edges, and
+//! [`sum`] adds in integers (floating sums depend on their order).
+
+pub mod accumulator;
+pub mod codes;
+pub mod collect;
+pub mod heap;
+pub mod histogram;
+pub mod merge;
+pub mod sum;
+
+pub use accumulator::Accumulator;
+pub use codes::CodesView;
+pub use collect::collect;

@@ -1,0 +1,245 @@
+//! Sparse codes as slices, and the checks that make them safe to scan.
+
+use std::ops::Range;
+use std::path::Path;
+
+use half::bf16;
+
+use crate::shard::{CodeShardReader, Indices, Values};
+use crate::{Error, Result};
+
+/// A stored feature id.
+pub(super) trait Index: Copy + Sync {
+    fn feature(self) -> usize;
+}
+
+impl Index for u16 {
+    #[inline]
+    fn feature(self) -> usize {
+        usize::from(self)
+    }
+}
+
+impl Index for u32 {
+    #[inline]
+    fn feature(self) -> usize {
+        self as usize
+    }
+}
+
+/// A stored strength.
+pub(super) trait Value: Copy + Sync {
+    fn strength(self) -> f32;
+}
+
+impl Value for f32 {
+    #[inline]
+    fn strength(self) -> f32 {
+        self
+    }
+}
+
+impl Value for u16 {
+    #[inline]
+    fn strength(self) -> f32 {
+        bf16::from_bits(self).to_f32()
+    }
+}
+
+/// The codes of consecutive rows: row `first_row + r` holds the codes
+/// `row_offsets[r]..row_offsets[r + 1]`.
+#[derive(Debug, Clone, Copy)]
+pub struct CodesView<'a> {
+    values: Values<'a>,
+    indices: Indices<'a>,
+    row_offsets: &'a [i64],
+    first_row: i64,
+    /// The file that they are in, for messages.
+    source: Option<&'a Path>,
+}
+
+impl<'a> CodesView<'a> {
+    /// Checks that the arrays fit each other. Offsets between the first and the
+    /// last are checked as they are used.
+    pub fn new(
+        values: Values<'a>,
+        indices: Indices<'a>,
+        row_offsets: &'a [i64],
+        first_row: i64,
+    ) -> Result<Self> {
+        let view = Self {
+            values,
+            indices,
+            row_offsets,
+            first_row,
+            source: None,
+        };
+        view.check_sizes()?;
+        Ok(view)
+    }
+
+    /// The codes of a shard whose first row has the id `first_row`.
+    pub fn of_shard(shard: &'a CodeShardReader, first_row: i64) -> Result<Self> {
+        let view = Self {
+            values: shard.values(),
+            indices: shard.indices(),
+            row_offsets: shard.row_offsets(),
+            first_row,
+            source: Some(shard.path()),
+        };
+        view.check_sizes()?;
+        Ok(view)
+    }
+
+    fn check_sizes(&self) -> Result<()> {
+        let (nnz, offsets) = (self.values.len(), self.row_offsets);
+        let problem = if self.indices.len() != nnz {
+            format!("{nnz} values but {} indices", self.indices.len())
+        } else if offsets.first() != Some(&0) {
+            format!("row_offsets begin with {:?}, expected 0", offsets.first())
+        } else if offsets.last().map(|&last| usize::try_from(last)) != Some(Ok(nnz)) {
+            format!(
+                "row_offsets end with {:?}, expected {nnz}, the number of codes",
+                offsets.last()
+            )
+        } else if self.first_row < 0 || self.first_row.checked_add(offsets.len() as i64).is_none() {
+            format!(
+                "first_row is {}, expected a row number >= 0",
+                self.first_row
+            )
+        } else {
+            return Ok(());
+        };
+        Err(self.bad(problem))
+    }
+
+    /// The error that these codes have `problem`.
+    fn bad(&self, problem: String) -> Error {
+        match self.source {
+            Some(path) => Error::BadShard {
+                path: path.to_owned(),
+                problem,
+            },
+            None => Error::InvalidArgument(format!("codes: {problem}")),
+        }
+    }
+
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.row_offsets.len() - 1
+    }
+
+    /// How many codes.
+    pub fn nnz(&self) -> usize {
+        self.values.len()
+    }
+
+    pub(super) fn values(&self) -> Values<'a> {
+        self.values
+    }
+
+    pub(super) fn indices(&self) -> Indices<'a> {
+        self.indices
+    }
+
+    pub(super) fn row_offsets(&self) -> &'a [i64] {
+        self.row_offsets
+    }
+
+    /// The id of the view's row `row`.
+    #[inline]
+    pub(super) fn row_id(&self, row: usize) -> i64 {
+        self.first_row + row as i64
+    }
+
+    /// Where the codes of `rows` lie, once their offsets are known to rise.
+    pub(super) fn span(&self, rows: Range<usize>) -> Result<Range<usize>> {
+        let offsets = &self.row_offsets[rows.start..=rows.end];
+        let nnz = self.nnz() as i64;
+        if let Some(row) = offsets.windows(2).position(|pair| pair[0] > pair[1]) {
+            return Err(self.bad(format!(
+                "row_offsets must not fall, but row {} begins at {} and ends at {}",
+                self.row_id(rows.start + row),
+                offsets[row],
+                offsets[row + 1],
+            )));
+        }
+        let (start, end) = (offsets[0], offsets[offsets.len() - 1]);
+        if start < 0 || end > nnz {
+            return Err(self.bad(format!(
+                "row_offsets point at codes {start}..{end} of {nnz}"
+            )));
+        }
+        Ok(start as usize..end as usize)
+    }
+
+    /// Refuses NaN, infinite and negative strengths and feature ids outside
+    /// `0..d_sae` among the codes of `rows`; returns where those codes lie.
+    pub(super) fn check(&self, rows: Range<usize>, d_sae: usize) -> Result<Range<usize>> {
+        let span = self.span(rows.clone())?;
+        let bad = match self.values {
+            Values::F32(values) => first_bad_value(&values[span.clone()]),
+            Values::Bf16(values) => first_bad_value(&values[span.clone()]),
+        };
+        if let Some((at, strength)) = bad {
+            let row = self.row_of(span.start + at, rows);
+            return Err(match self.source {
+                None if !strength.is_finite() => Error::NonFinite {
+                    what: "codes",
+                    row: row as usize,
+                },
+                _ => self.bad(format!(
+                    "strength {strength} in row {row}; strengths must be positive and finite \
+                     (apply a relu before selecting codes)"
+                )),
+            });
+        }
+        let bad = match self.indices {
+            Indices::U16(indices) => first_bad_index(&indices[span.clone()], d_sae),
+            Indices::U32(indices) => first_bad_index(&indices[span.clone()], d_sae),
+        };
+        if let Some((at, feature)) = bad {
+            return Err(self.bad(format!(
+                "feature id {feature} in row {}; with d_sae = {d_sae} ids must lie in 0..{d_sae}",
+                self.row_of(span.start + at, rows)
+            )));
+        }
+        Ok(span)
+    }
+
+    /// The id of the row, one of `rows`, that holds code `at`.
+    fn row_of(&self, at: usize, rows: Range<usize>) -> i64 {
+        let ends = &self.row_offsets[rows.start + 1..=rows.end];
+        self.row_id(rows.start + ends.partition_point(|&end| end as usize <= at))
+    }
+}
+
+/// Whole blocks are judged without branches, so that the loop is vectorised.
+const BLOCK: usize = 1024;
+
+fn first_bad_value<V: Value>(values: &[V]) -> Option<(usize, f32)> {
+    let good = |strength: f32| (0.0..f32::INFINITY).contains(&strength);
+    for (block, chunk) in values.chunks(BLOCK).enumerate() {
+        if !chunk
+            .iter()
+            .fold(true, |all, value| all & good(value.strength()))
+        {
+            let at = chunk.iter().position(|value| !good(value.strength()))?;
+            return Some((block * BLOCK + at, chunk[at].strength()));
+        }
+    }
+    None
+}
+
+fn first_bad_index<I: Index>(indices: &[I], d_sae: usize) -> Option<(usize, usize)> {
+    for (block, chunk) in indices.chunks(BLOCK).enumerate() {
+        if !chunk
+            .iter()
+            .fold(true, |all, index| all & (index.feature() < d_sae))
+        {
+            let at = chunk.iter().position(|index| index.feature() >= d_sae)?;
+            return Some((block * BLOCK + at, chunk[at].feature()));
+        }
+    }
+    None
+}

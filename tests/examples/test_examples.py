@@ -1,0 +1,264 @@
+"""collect_examples against sorting everything, however the rows are cut, ordered and threaded."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.examples import Examples, collect_examples, histogram_edges
+
+D_SAE = 11
+# Few strengths, so that ties abound; the ends of the histogram; all exact in bfloat16.
+STRENGTHS = [0.0, 2.0**-20, 2.0**-12, 0.25, 0.5, 0.75, 1.0, 3.0, 2.0**12, 2.0**20]
+
+
+def reference(dense: torch.Tensor, n: int) -> dict[str, Any]:
+    """Everything by sorting all rows of each feature."""
+    rows, d_sae = dense.shape
+    strengths = torch.zeros(d_sae, n)
+    ids = torch.full((d_sae, n), -1)
+    for feature in range(d_sae):
+        active = [
+            (-float(dense[row, feature]), row) for row in range(rows) if dense[row, feature] > 0
+        ]
+        for rank, (negative, row) in enumerate(sorted(active)[:n]):
+            strengths[feature, rank], ids[feature, rank] = -negative, row
+    edges = histogram_edges().numpy()
+    bins = np.clip(np.searchsorted(edges, dense.numpy(), side="right") - 1, 0, len(edges) - 2)
+    histogram = np.zeros((d_sae, len(edges) - 1), dtype=np.int64)
+    for row, feature in np.argwhere(dense.numpy() > 0):
+        histogram[feature, bins[row, feature]] += 1
+    return {
+        "strengths": strengths,
+        "rows": ids,
+        "histogram": torch.from_numpy(histogram),
+        "counts": (dense > 0).sum(dim=0),
+        "maxima": dense.max(dim=0).values if rows else torch.zeros(d_sae),
+        "sums": torch.tensor([math.fsum(column) for column in dense.T.double().tolist()]),
+    }
+
+
+def assert_matches(examples: Examples, dense: torch.Tensor, n: int) -> None:
+    for name, expected in reference(dense, n).items():
+        found = getattr(examples, name)
+        assert found.shape == expected.shape, name
+        torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=0, msg=name)
+    assert examples.scanned == dense.shape[0]
+
+
+@st.composite
+def dense_codes(draw: st.DrawFn) -> torch.Tensor:
+    rows = draw(st.integers(0, 70))
+    picks = draw(st.lists(st.sampled_from(STRENGTHS), min_size=4, max_size=30))
+    seed = draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    dense = generator.choice(picks, size=(rows, D_SAE)) * (generator.random((rows, D_SAE)) < 0.4)
+    return torch.from_numpy(dense.astype(np.float32))
+
+
+@given(
+    dense=dense_codes(),
+    n=st.integers(1, 9),
+    cuts=st.lists(st.integers(0, 70), max_size=5),
+    order=st.randoms(use_true_random=False),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    threads=st.integers(1, 3),
+)
+def test_equals_sorting_everything_however_it_is_cut(
+    dense: torch.Tensor, n: int, cuts: list[int], order: Any, dtype: torch.dtype, threads: int
+) -> None:
+    bounds = sorted({0, dense.shape[0], *(min(cut, dense.shape[0]) for cut in cuts)})
+    batches = [
+        (start, SparseCodes.from_dense(dense[start:stop].to(dtype)))
+        for start, stop in pairwise(bounds)
+    ] or [(0, SparseCodes.from_dense(dense))]
+    in_order = collect_examples((codes for _, codes in batches), n, threads=threads)
+    assert_matches(in_order, dense, n)
+
+    order.shuffle(batches)
+    shuffled = collect_examples(batches, n, threads=threads)
+    assert shuffled.equal(in_order)
+
+    parts = [collect_examples([batch], n) for batch in batches]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert merged.equal(in_order)
+
+
+@given(dense=dense_codes(), n=st.integers(1, 5))
+def test_a_saved_file_gives_back_every_bit(
+    tmp_path_factory: pytest.TempPathFactory, dense: torch.Tensor, n: int
+) -> None:
+    examples = collect_examples(SparseCodes.from_dense(dense), n)
+    path = tmp_path_factory.mktemp("saved") / "examples.safetensors"
+    examples.save(path)
+    assert Examples.load(path).equal(examples)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_leading_dimensions_are_flattened_and_rows_go_on() -> None:
+    dense = torch.rand(2, 3, D_SAE)
+    batch = SparseCodes.from_dense(dense)
+    examples = collect_examples([batch, batch], n=12, first_row=100)
+    assert sorted(examples.rows[0].tolist()) == list(range(100, 112))
+    assert_matches(collect_examples(batch, n=4), dense.reshape(6, D_SAE), n=4)
+
+
+def test_wide_codes() -> None:
+    # Feature ids beyond 16 bits, n = 20, on several threads: more codes than one thread is given.
+    generator = torch.Generator().manual_seed(0)
+    rows, d_sae, k = 40_000, 70_000, 64
+    indices = torch.stack(
+        [(torch.randint(0, d_sae // k, (rows,), generator=generator) * k + i) for i in range(k)],
+        dim=1,
+    ).to(torch.int32)
+    values = torch.rand(rows, k, generator=generator).sort(dim=1, descending=True).values + 0.1
+    offsets = torch.arange(0, rows * k + 1, k)
+    codes = SparseCodes(values.reshape(-1), indices.reshape(-1), offsets, d_sae)
+    one = collect_examples(codes, n=20, threads=1)
+    assert one.equal(collect_examples(codes, n=20, threads=2))
+    for feature in (0, d_sae - 1, 12_345):
+        at = (indices == feature).nonzero()
+        found = values[at[:, 0], at[:, 1]]
+        order = found.argsort(descending=True, stable=True)[:20]
+        assert one.strengths[feature].tolist() == found[order].tolist()
+        assert one.rows[feature].tolist() == at[order, 0].tolist()
+        assert int(one.counts[feature]) == len(at)
+
+
+def test_sums_do_not_depend_on_order_where_floats_would() -> None:
+    big, small = 2.0**30, 2.0**-25
+    column = torch.tensor([[big], [small], [small], [small], [small]])
+    there = collect_examples(SparseCodes.from_dense(column), n=1)
+    back = collect_examples(SparseCodes.from_dense(column.flip(0)), n=1)
+    assert there.sums.tolist() == back.sums.tolist() == [big + 4 * small]
+
+
+def codes_with(value: float, row: int = 2) -> SparseCodes:
+    dense = torch.zeros(5, D_SAE)
+    dense[:, 3] = 1.0
+    dense[row, 4] = value
+    return SparseCodes.from_dense(dense)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_strengths_are_named_by_row(value: float) -> None:
+    with pytest.raises(NonFiniteError, match="row 52"):
+        collect_examples(codes_with(value), first_row=50)
+
+
+def test_negative_strengths_are_named_by_row() -> None:
+    with pytest.raises(ValueError, match=r"strength -1 in row 2.*relu"):
+        collect_examples(codes_with(-1.0))
+
+
+@pytest.mark.parametrize("index", [-1, D_SAE])
+def test_feature_ids_out_of_range(index: int) -> None:
+    codes = SparseCodes(
+        torch.ones(2),
+        torch.tensor([0, index], dtype=torch.int32),
+        torch.tensor([0, 1, 2]),
+        D_SAE,
+    )
+    with pytest.raises(ValueError, match=r"feature id .* in row 1.*0\.\.11"):
+        collect_examples(codes)
+
+
+def test_offsets_that_fall() -> None:
+    codes = SparseCodes(
+        torch.ones(4),
+        torch.arange(4, dtype=torch.int32),
+        torch.tensor([0, 3, 1, 4]),
+        D_SAE,
+    )
+    with pytest.raises(ValueError, match="row 1 begins at 3 and ends at 1"):
+        collect_examples(codes)
+
+
+@pytest.mark.parametrize("n", [0, 65_536])
+def test_n_out_of_range(n: int) -> None:
+    with pytest.raises(ValueError, match=r"1\.\.=65535, found"):
+        collect_examples(codes_with(1.0), n)
+
+
+def test_no_codes_other_widths_and_other_things() -> None:
+    with pytest.raises(ValueError, match="no codes"):
+        collect_examples([])
+    narrow = SparseCodes.from_dense(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="d_sae = 3 follow codes of d_sae = 11"):
+        collect_examples([codes_with(1.0), narrow])
+    with pytest.raises(TypeError, match="hold a Tensor; expected SparseCodes"):
+        collect_examples([torch.ones(3)])  # type: ignore[list-item]  # what is tested
+    with pytest.raises(ValueError, match="needs code shards"):
+        collect_examples(codes_with(1.0), checkpoint="x.safetensors")
+    with pytest.raises(ValueError, match="threads is 0"):
+        collect_examples(codes_with(1.0), threads=0)
+    with pytest.raises(ValueError, match="first_row is -1"):
+        collect_examples(codes_with(1.0), first_row=-1)
+
+
+def test_merge_refuses_other_sizes_and_the_same_rows_twice() -> None:
+    examples = collect_examples(codes_with(1.0), n=3)
+    with pytest.raises(ValueError, match="n = 3 can't be merged"):
+        examples.merge(collect_examples(codes_with(1.0), n=4, first_row=9))
+    with pytest.raises(ValueError, match="both hold row 0 as an example of feature 3"):
+        examples.merge(examples)
+
+
+def damaged(examples: Examples, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = ("strengths", "rows", "histogram", "fixed_sums")
+    return {name: getattr(examples, name).clone() for name in names} | changes
+
+
+def test_files_that_no_collection_made_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "examples.safetensors"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Examples.load(path)
+
+    examples = collect_examples(codes_with(2.0), n=3)
+    examples.save(path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:-1], b"\xff" * 100, whole[:40]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            Examples.load(path)
+
+    save_file({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="no examples file"):
+        Examples.load(path)
+
+    header = {"format": "r1sae-examples", "version": "1", "scanned": "5"}
+    unsorted = examples.strengths.clone()
+    unsorted[3] = torch.tensor([1.0, 2.0, 1.0])
+    for changes, message in [
+        ({"strengths": unsorted}, "slot 1 is out of order"),
+        ({"rows": examples.rows.masked_fill(examples.rows == 0, -7)}, "of row -7"),
+        ({"histogram": examples.histogram * 2}, "active 2 times but 1 examples"),
+        ({"histogram": examples.histogram.roll(1, dims=1)}, "lacks some of its examples"),
+        ({"histogram": examples.histogram[:, :-1].contiguous()}, "need"),
+        ({"rows": examples.rows.to(torch.int32)}, "rows is torch.int32"),
+        ({"strengths": examples.strengths[0].clone()}, "expected torch.float32 with two dim"),
+    ]:
+        save_file(damaged(examples, **changes), path, metadata=header)
+        with pytest.raises(ValueError, match=message):
+            Examples.load(path)
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "examples.safetensors"
+    examples = collect_examples(codes_with(1.0), n=3)
+    examples.save(path)
+    (tmp_path / "examples.safetensors.tmp").mkdir()  # the temporary name can't be written
+    with pytest.raises(OSError, match=r"examples\.safetensors\.tmp"):
+        collect_examples(codes_with(9.0), n=3).save(path)
+    assert Examples.load(path).equal(examples)
