@@ -1,0 +1,368 @@
+"""Opening and querying a feature database."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+import pyarrow as pa
+
+from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features.build import Decode, build
+from r1sae_fast.features.contexts import contexts
+from r1sae_fast.features.opening import open_for_reading
+from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
+from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
+from r1sae_fast.features.search import search
+from r1sae_fast.features.summary import FeatureSummary, Label
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from r1sae_fast.examples import Examples
+    from r1sae_fast.shards import CodeShards
+
+StrPath = str | os.PathLike[str]
+
+
+class FeatureDB:
+    """A feature database, opened for reading (so several programs may read it at once).
+
+    Built ones (:meth:`build`) and Goodfire's released ones: of the latter ``tokens`` and
+    ``activations`` must be in the file; without ``autointerp`` there are no labels.
+
+    Args:
+        path: the DuckDB file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DatabaseError: not a DuckDB file, a damaged one, one that another program is writing, or
+            one without the tables above.
+    """
+
+    def __init__(self, path: StrPath) -> None:
+        self.path = Path(path)
+        self._connection = open_for_reading(self.path)
+        try:
+            self._columns = self._read_columns()
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @classmethod
+    def build(
+        cls,
+        path: StrPath,
+        codes: CodeShards | StrPath,
+        examples: Examples | None = None,
+        decode: Decode | Any | None = None,
+        metadata: Mapping[str, object] | None = None,
+        *,
+        n: int = 20,
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> FeatureDB:
+        """Builds a database from code shards and opens it.
+
+        Memory is bounded (what must be sorted spills into ``<path>.spill.tmp``); the file is
+        written as ``<path>.tmp`` and renamed, so a build that is stopped leaves the old file.
+
+        Args:
+            path: the file to write.
+            codes: code shards with tokens, sequence_id and position of every row, or their folder.
+            examples: of the same codes; collected with ``n`` of each feature if left out.
+            decode: token id -> text, or a tokenizer (anything with ``decode([id])``); without it
+                tokens have no text.
+            metadata: whatever should be kept in ``meta``; values that are not text become JSON.
+            n: examples of each feature, if they have to be collected.
+            overwrite: whether a file at ``path`` may be replaced.
+            progress: a bar on stderr; default: when stderr is a terminal.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` is false.
+            DatabaseError: another process is building the same file.
+            ValueError: examples of other codes; codes whose rows don't say what token they are, or
+                two rows at the same place.
+        """
+        from r1sae_fast.examples import collect_examples
+        from r1sae_fast.shards import CodeShards
+
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(
+                f"{path}: exists already; pass overwrite=True (--overwrite) to replace it"
+            )
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+        if not isinstance(codes, CodeShards):
+            codes = CodeShards(codes)
+        if examples is None:
+            examples = collect_examples(codes, n, progress=progress)
+        build(path, codes, examples, _decoder(decode), metadata or {}, progress)
+        return cls(path)
+
+    # -- what it holds --------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables in the file."""
+        return tuple(self._columns)
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The table ``meta``; empty if there is none."""
+        if "meta" not in self._columns:
+            return {}
+        return dict(self._fetch("SELECT key, value FROM meta"))
+
+    @cached_property
+    def d_sae(self) -> int:
+        """The number of features; for a file that does not say, one more than the largest id."""
+        if "d_sae" in self.metadata:
+            return int(self.metadata["d_sae"])
+        return int(self._fetch("SELECT coalesce(max(feature_id) + 1, 0) FROM activations")[0][0])
+
+    @cached_property
+    def histogram_edges(self) -> tuple[float, ...] | None:
+        """The edges of the histograms' bins; None if the file has no histograms."""
+        edges = self.metadata.get("histogram_edges")
+        return None if edges is None else tuple(json.loads(edges))
+
+    def feature(self, feature: int) -> FeatureSummary:
+        """A feature's statistics and labels.
+
+        Raises:
+            ValueError: no such feature.
+        """
+        self._require_feature(feature)
+        labels = self._labels(feature)
+        names = list(SEGMENTS.values())
+        if "features" not in self._columns:
+            count, mean, largest = self._fetch(
+                "SELECT count(*), avg(strength), coalesce(max(strength), 0) FROM activations "
+                "WHERE feature_id = ?",
+                [feature],
+            )[0]
+            no_segments = dict.fromkeys(names)
+            return FeatureSummary(
+                feature, count, None, mean, largest, None, no_segments, None, labels
+            )
+        segments = ", ".join(f"density_{name}" for name in names)
+        count, density, mean, largest, histogram, clarity, *densities = self._fetch(
+            f"SELECT count, density, mean, max, histogram, clarity, {segments} FROM features "
+            "WHERE feature_id = ?",
+            [feature],
+        )[0]
+        return FeatureSummary(
+            feature,
+            count,
+            density,
+            mean,
+            largest,
+            tuple(histogram),
+            dict(zip(names, densities, strict=True)),
+            clarity,
+            labels,
+        )
+
+    def _labels(self, feature: int) -> tuple[Label, ...]:
+        if "autointerp" not in self._columns:
+            return ()
+        rows = self._fetch(
+            "SELECT label, quality, interestingness, model_name, prompt_version FROM autointerp "
+            "WHERE feature_id = ? ORDER BY model_name = 'statistics', ALL",
+            [feature],
+        )
+        return tuple(Label(*row) for row in rows)
+
+    # -- queries --------------------------------------------------------------------------------
+
+    def top(
+        self, feature: int, n: int = 10, window: int = 5, *, per_sequence: int | None = None
+    ) -> TopExamples:
+        """A feature's strongest activations, each with the tokens around it.
+
+        Args:
+            feature: its id.
+            n: how many, the strongest first; equal ones in the order of the text.
+            window: tokens of context on either side.
+            per_sequence: at most so many of any one sequence; default: no limit.
+
+        Returns:
+            A sequence of :class:`TopExample`, with ``to_arrow()`` and ``to_pandas()``.
+
+        Raises:
+            ValueError: no such feature, or a negative number.
+        """
+        self._require_feature(feature)
+        for name, number, least in (
+            ("n", n, 0),
+            ("window", window, 0),
+            ("per_sequence", per_sequence, 1),
+        ):
+            if number is not None and number < least:
+                raise ValueError(f"{name} is {number}; expected at least {least}")
+        limit = (
+            ""
+            if per_sequence is None
+            else f"""
+            QUALIFY row_number() OVER (PARTITION BY sequence_id
+                ORDER BY strength DESC, token_idx) <= {int(per_sequence)}"""
+        )
+        hits = self._fetch(
+            "SELECT sequence_id, token_idx, strength FROM activations WHERE feature_id = ?"
+            f"{limit} ORDER BY strength DESC, sequence_id, token_idx LIMIT {int(n)}",
+            [feature],
+        )
+        around = contexts(
+            self._fetch,
+            feature,
+            [(hit[0], hit[1]) for hit in hits],
+            window,
+            with_segment="segment" in self._columns["tokens"],
+        )
+        return TopExamples(
+            [
+                TopExample(feature, rank, sequence, place, strength, around[sequence, place])
+                for rank, (sequence, place, strength) in enumerate(hits, 1)
+            ]
+        )
+
+    def search(self, text: str, n: int = 20) -> SearchHits:
+        """Features whose label holds ``text``, or that fire on tokens which hold it.
+
+        Case does not matter. Tokens are those of the table ``token_lift``, that is the ten that
+        tell most about each feature; a file without it is searched by label alone.
+
+        Raises:
+            ValueError: empty text.
+        """
+        if not text:
+            raise ValueError("the text to search for is empty; expected a word or a part of one")
+        return SearchHits(search(self._fetch, self._columns, text)[: max(n, 0)])
+
+    def sql(self, query: str, parameters: Sequence[object] | None = None) -> pa.Table:
+        """The result of any query that reads, as an Arrow table.
+
+        Raises:
+            ValueError: a mistake in the query, or one that would change the database or reach for
+                other files.
+        """
+        cursor = self._connection.cursor()
+        try:
+            relation = cursor.sql(query, params=list(parameters or []))
+            if relation is None:
+                raise ValueError("the query gives no rows; expected one that reads (SELECT ...)")
+            table: pa.Table = relation.to_arrow_table()
+        except duckdb.Error as error:
+            raise ValueError(f"SQL: {error}") from None
+        else:
+            return table
+        finally:
+            cursor.close()
+
+    def show(self, feature: int, n: int = 5, window: int = 10) -> RenderableType:
+        """A picture of a feature for ``rich.print``: statistics, labels, highlighted contexts.
+
+        Raises:
+            ValueError: no such feature.
+        """
+        from r1sae_fast.features.show import feature_panel
+
+        summary = self.feature(feature)
+        examples = self.top(feature, n, window, per_sequence=1)
+        return feature_panel(summary, examples, self.histogram_edges)
+
+    def export(self, folder: StrPath, *, overwrite: bool = False) -> list[Path]:
+        """Writes each table to ``folder/<table>.parquet``, each whole or not at all.
+
+        Raises:
+            FileExistsError: one of the files is there already and ``overwrite`` is false.
+        """
+        from r1sae_fast.features.export import export
+
+        tables = [table for table in TABLES if table in self._columns]
+        cursor = self._connection.cursor()
+        try:
+            return export(cursor, tables, Path(folder), overwrite=overwrite)
+        finally:
+            cursor.close()
+
+    # -- the connection -------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Closes the file; using the database afterwards is an error."""
+        self._connection.close()
+
+    def __enter__(self) -> FeatureDB:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"FeatureDB({str(self.path)!r})"
+
+    def _fetch(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        # A cursor of its own for each query: connections can't be shared among threads.
+        cursor = self._connection.cursor()
+        try:
+            return cursor.execute(query, list(parameters)).fetchall()
+        except duckdb.Error as error:
+            raise DatabaseError(f"{self.path}: {error}") from None
+        finally:
+            cursor.close()
+
+    def _read_columns(self) -> dict[str, set[str]]:
+        columns: dict[str, set[str]] = {}
+        for table, column in self._fetch(
+            "SELECT table_name, column_name FROM information_schema.columns "
+            "WHERE table_schema = 'main' ORDER BY ALL"
+        ):
+            columns.setdefault(table, set()).add(column)
+        missing = [table for table in REQUIRED if table not in columns]
+        if missing:
+            raise DatabaseError(
+                f"{self.path}: no feature database: it lacks the table{'s' * (len(missing) > 1)} "
+                f"{' and '.join(missing)} (it has {', '.join(columns) or 'none'}); build one with "
+                "FeatureDB.build or `r1sae features build`"
+            )
+        return columns
+
+    def _require_feature(self, feature: int) -> None:
+        if isinstance(feature, bool) or not hasattr(feature, "__index__"):
+            raise TypeError(f"feature is {feature!r}; expected its id, an int")
+        if not 0 <= feature < self.d_sae:
+            raise ValueError(
+                f"no feature {feature} in {self.path}: it has {self.d_sae:,} features, "
+                f"0 to {self.d_sae - 1}"
+            )
+
+
+def _decoder(decode: Decode | Any | None) -> Decode | None:
+    if decode is None or not hasattr(decode, "decode"):
+        if decode is not None and not callable(decode):
+            raise TypeError(
+                f"decode is a {type(decode).__name__}; expected a function from token id to text, "
+                "or a tokenizer"
+            )
+        return decode
+    tokenizer = decode
+
+    def text_of(token: int) -> str:
+        # Special tokens are tokens like any other here.
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+    return text_of

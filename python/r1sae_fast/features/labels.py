@@ -1,0 +1,227 @@
+"""Statistical labels: on which tokens a feature fires, counted and not interpreted.
+
+For each feature and each of three offsets (the token it fires on, the one before, the one after)
+tokens are compared by how much more frequent they are where the feature is active:
+
+    share = P(token | fires)    base = P(token)    lift = share / base
+
+To choose tokens, each activation counts by its strength, and ``SHRINKAGE`` imagined activations on
+tokens drawn at random are added, so that three lucky hits on a rare token do not win by their
+enormous lift; of the shrunk share p a token's score is its part of the Kullback-Leibler
+divergence, p log2(p / base), in bits. The numbers in the label are the plain counted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import duckdb
+import pyarrow as pa
+
+from r1sae_fast.features.schema import SEGMENTS
+from r1sae_fast.features.stream import ArrowStream
+from r1sae_fast.features.text import quoted
+
+MODEL_NAME = "statistics"
+"""``autointerp.model_name`` of these labels."""
+PROMPT_VERSION = "token-lift-1"
+"""``autointerp.prompt_version`` of these labels: the name of the method."""
+
+SHRINKAGE = 4.0
+_KEPT_TOKENS = 10  # of each feature and offset, in token_lift
+_NAMED_TOKENS = 3  # at most so many in a label
+_MIN_COUNT = 5  # with fewer activations a label would be chance
+_MIN_SHARE = 0.1  # of a token, to be named after the first
+_MIN_LIFT = 2.0  # of any named token
+_MIN_CLARITY = 0.1  # less than this explained beyond chance: no token stands out
+# The token itself is the plainer statement: its neighbours must explain this much more.
+_NEIGHBOUR_FACTOR = 1.2
+_VERBS = {0: "fires on", -1: "fires after", 1: "fires before"}
+_SEGMENT_SHARE = 0.8
+_SEGMENT_LIFT = 1.5
+
+
+@dataclass(frozen=True)
+class TokenLift:
+    """A row of ``token_lift`` for the label's purposes."""
+
+    offset: int
+    token: int
+    text: str | None
+    count: int
+    share: float
+    base: float
+    lift: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a label is made from. ``segments``: name, share of activations, lift."""
+
+    count: int
+    rows: int
+    tokens: tuple[TokenLift, ...]
+    segments: tuple[tuple[str, float, float], ...]
+
+
+def add_labels(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
+    """Fills ``token_lift``, the statistical part of ``autointerp``, and ``features.clarity``."""
+    _fill_token_lift(connection)
+    labels = list(_labels(connection, rows))
+    schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
+    columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
+    with ArrowStream(connection, schema, iter([columns])) as name:
+        connection.execute(f"CREATE TEMP TABLE labels AS SELECT * FROM {name}")
+    connection.execute(
+        "INSERT INTO autointerp "
+        "SELECT feature_id, label, NULL, NULL, ?, ? FROM labels ORDER BY feature_id",
+        [MODEL_NAME, PROMPT_VERSION],
+    )
+    connection.execute(
+        "UPDATE features SET clarity = labels.clarity FROM labels "
+        "WHERE labels.feature_id = features.feature_id"
+    )
+    connection.execute("DROP TABLE labels")
+
+
+def label_of(statistics: Statistics) -> tuple[str, float]:
+    """The label and its clarity (the share of activity explained beyond chance, 0 to 1)."""
+    count = statistics.count
+    if count == 0:
+        return f"dead: never active in these {statistics.rows:,} tokens", 0.0
+    if count < _MIN_COUNT:
+        seen = [quoted(t.text, t.token) for t in statistics.tokens if t.offset == 0]
+        times = "once" if count == 1 else f"{count} times"
+        return f"active only {times}, too few for statistics" + _listed(": on ", seen), 0.0
+    candidates = {
+        offset: _named([t for t in statistics.tokens if t.offset == offset]) for offset in _VERBS
+    }
+    clarities = {
+        offset: _clarity(named, count) / (1.0 if offset == 0 else _NEIGHBOUR_FACTOR)
+        for offset, named in candidates.items()
+    }
+    best = max(_VERBS, key=lambda offset: clarities[offset])
+    named = candidates[best]
+    clarity = _clarity(named, count)
+    where = _segment_phrase(statistics.segments)
+    if clarity < _MIN_CLARITY:
+        return "fires on many tokens, none stands out" + where, clarity
+    share = sum(token.share for token in named)
+    lift = share / sum(token.base for token in named)
+    words = _listed(f"{_VERBS[best]} ", [quoted(t.text, t.token) for t in named])
+    return f"{words} (lift {_times(lift)}, {share:.0%} of activations){where}", clarity
+
+
+def _named(tokens: list[TokenLift]) -> list[TokenLift]:
+    """The tokens that the label names: the best, and others that matter."""
+    ranked = [token for token in tokens if token.lift >= _MIN_LIFT]
+    return ranked[:1] + [t for t in ranked[1:_NAMED_TOKENS] if t.share >= _MIN_SHARE]
+
+
+def _clarity(named: list[TokenLift], count: int) -> float:
+    share, base = sum(token.share for token in named), sum(token.base for token in named)
+    return max(0.0, (share - base) * count / (count + SHRINKAGE))
+
+
+def _listed(prefix: str, words: list[str]) -> str:
+    if not words:
+        return ""
+    *first, last = words
+    return prefix + (f"{', '.join(first)} or {last}" if first else last)
+
+
+def _times(lift: float) -> str:
+    return f"{lift:,.0f}×" if lift >= 10 else f"{lift:.1f}×"
+
+
+def _segment_phrase(segments: tuple[tuple[str, float, float], ...]) -> str:
+    for name, share, lift in segments:
+        if share >= _SEGMENT_SHARE and lift >= _SEGMENT_LIFT:
+            return f"; {share:.0%} in the {name} (lift {_times(lift)})"
+    return ""
+
+
+def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
+    # Neighbours are neighbours only where the places follow each other: texts may have gaps.
+    connection.execute("""
+        CREATE TEMP TABLE context AS
+        SELECT sequence_id, token_idx, token AS here,
+               CASE WHEN lag(token_idx) OVER w = token_idx - 1 THEN lag(token) OVER w END AS before,
+               CASE WHEN lead(token_idx) OVER w = token_idx + 1 THEN lead(token) OVER w END AS after
+        FROM tokens WINDOW w AS (PARTITION BY sequence_id ORDER BY token_idx)""")
+    connection.execute(
+        "CREATE TEMP TABLE pairs (feature_id INTEGER, token_offset INTEGER, "
+        "token INTEGER, count BIGINT, weight HUGEINT)"
+    )
+    connection.execute("CREATE TEMP TABLE bases (token_offset INTEGER, token INTEGER, base DOUBLE)")
+    for offset, column in ((-1, "before"), (0, "here"), (1, "after")):
+        # Strengths as integers relative to the feature's largest: sums of integers don't depend
+        # on the order in which threads add them, so the choice of tokens doesn't either.
+        connection.execute(f"""
+            INSERT INTO pairs
+            SELECT a.feature_id, {offset}, c.{column}, count(*),
+                   sum(CAST(round(a.strength::DOUBLE / f.max * 1073741824) AS BIGINT))
+            FROM activations a
+            JOIN context c USING (sequence_id, token_idx)
+            JOIN features f ON f.feature_id = a.feature_id
+            WHERE c.{column} IS NOT NULL
+            GROUP BY ALL""")
+        connection.execute(f"""
+            INSERT INTO bases
+            SELECT {offset}, {column}, count(*) / sum(count(*)) OVER ()
+            FROM context WHERE {column} IS NOT NULL GROUP BY ALL""")
+    connection.execute(f"""
+        INSERT INTO token_lift
+        WITH shares AS (
+            SELECT p.feature_id, p.token_offset, p.token, p.count, b.base,
+                   sum(p.count) OVER w AS total,
+                   p.count / total AS share,
+                   p.weight::DOUBLE / (sum(p.weight) OVER w)::DOUBLE AS weighted_share,
+                   (weighted_share * total + {SHRINKAGE} * b.base) / (total + {SHRINKAGE}) AS shrunk
+            FROM pairs p JOIN bases b USING (token_offset, token)
+            WINDOW w AS (PARTITION BY p.feature_id, p.token_offset)
+        ),
+        ranked AS (
+            SELECT *, shrunk * log2(shrunk / base) AS score,
+                   row_number() OVER (
+                       PARTITION BY feature_id, token_offset ORDER BY score DESC, token) AS rank
+            FROM shares
+        ),
+        texts AS (
+            SELECT token, any_value(decoded_token) AS decoded_token FROM tokens GROUP BY token
+        )
+        SELECT feature_id, token_offset, rank, token, decoded_token, count, share, weighted_share,
+               base, share / base, score
+        FROM ranked LEFT JOIN texts USING (token)
+        WHERE rank <= {_KEPT_TOKENS}
+        ORDER BY feature_id, token_offset, rank""")
+    for table in ("context", "pairs", "bases"):
+        connection.execute(f"DROP TABLE {table}")
+
+
+def _labels(connection: duckdb.DuckDBPyConnection, rows: int) -> Iterator[tuple[int, str, float]]:
+    features = connection.execute("""
+        SELECT f.feature_id, f.count, f.density, f.density_prompt, f.density_thinking,
+               f.density_response
+        FROM features f ORDER BY f.feature_id""").fetchall()
+    in_segment = dict(
+        connection.execute("SELECT segment, count(*) FROM tokens GROUP BY ALL").fetchall()
+    )
+    lifts = connection.execute(f"""
+        SELECT feature_id, token_offset, token, decoded_token, count, share, base, lift, score
+        FROM token_lift WHERE rank <= {_NAMED_TOKENS}
+        ORDER BY feature_id, token_offset, rank""").fetchall()
+    tokens = {
+        feature: tuple(TokenLift(*row[1:]) for row in group)
+        for feature, group in groupby(lifts, key=lambda row: int(row[0]))
+    }
+    for feature, count, density, *densities in features:
+        segments = tuple(
+            (name, of_segment * in_segment.get(name, 0) / count, of_segment / density)
+            for name, of_segment in zip(SEGMENTS.values(), densities, strict=True)
+            if of_segment
+        )
+        yield feature, *label_of(Statistics(count, rows, tokens.get(feature, ()), segments))
