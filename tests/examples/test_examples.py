@@ -26,17 +26,15 @@ def reference(dense: torch.Tensor, n: int) -> dict[str, Any]:
     rows, d_sae = dense.shape
     strengths = torch.zeros(d_sae, n)
     ids = torch.full((d_sae, n), -1)
-    for feature in range(d_sae):
-        active = [
-            (-float(dense[row, feature]), row) for row in range(rows) if dense[row, feature] > 0
-        ]
-        for rank, (negative, row) in enumerate(sorted(active)[:n]):
+    for feature, column in enumerate(dense.T.tolist()):
+        active = sorted((-strength, row) for row, strength in enumerate(column) if strength > 0)
+        for rank, (negative, row) in enumerate(active[:n]):
             strengths[feature, rank], ids[feature, rank] = -negative, row
     edges = histogram_edges().numpy()
     bins = np.clip(np.searchsorted(edges, dense.numpy(), side="right") - 1, 0, len(edges) - 2)
     histogram = np.zeros((d_sae, len(edges) - 1), dtype=np.int64)
-    for row, feature in np.argwhere(dense.numpy() > 0):
-        histogram[feature, bins[row, feature]] += 1
+    at_row, at_feature = np.nonzero(dense.numpy() > 0)
+    np.add.at(histogram, (at_feature, bins[at_row, at_feature]), 1)
     return {
         "strengths": strengths,
         "rows": ids,

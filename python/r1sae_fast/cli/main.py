@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from r1sae_fast.cli import info, tiny_r1
+from r1sae_fast.cli import examples, features, info, tiny_r1
 from r1sae_fast.cli.guard import GuardedGroup
 
 COMMANDS = [
+    examples,
+    features,
     tiny_r1,
     info,
 ]

@@ -176,7 +176,8 @@ class FeatureDB:
             return ()
         rows = self._fetch(
             "SELECT label, quality, interestingness, model_name, prompt_version FROM autointerp "
-            "WHERE feature_id = ? ORDER BY model_name = 'statistics', ALL",
+            "WHERE feature_id = ? ORDER BY model_name IS NOT DISTINCT FROM 'statistics', "
+            "model_name, prompt_version, label",
             [feature],
         )
         return tuple(Label(*row) for row in rows)

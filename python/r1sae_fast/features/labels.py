@@ -33,7 +33,8 @@ SHRINKAGE = 4.0
 _KEPT_TOKENS = 10  # of each feature and offset, in token_lift
 _NAMED_TOKENS = 3  # at most so many in a label
 _MIN_COUNT = 5  # with fewer activations a label would be chance
-_MIN_SHARE = 0.1  # of a token, to be named after the first
+_MIN_SHARE = 0.1  # (weighted) of a token, to be named after the first
+_TELLING_WEIGHT = 0.1  # by so much must the weighted share exceed the counted one to be told
 _MIN_LIFT = 2.0  # of any named token
 _MIN_CLARITY = 0.1  # less than this explained beyond chance: no token stands out
 # The token itself is the plainer statement: its neighbours must explain this much more.
@@ -52,9 +53,9 @@ class TokenLift:
     text: str | None
     count: int
     share: float
+    weighted_share: float
     base: float
     lift: float
-    score: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def add_labels(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
 
 
 def label_of(statistics: Statistics) -> tuple[str, float]:
-    """The label and its clarity (the share of activity explained beyond chance, 0 to 1)."""
+    """The label and its clarity: the share of its strength explained beyond chance, 0 to 1."""
     count = statistics.count
     if count == 0:
         return f"dead: never active in these {statistics.rows:,} tokens", 0.0
@@ -112,17 +113,22 @@ def label_of(statistics: Statistics) -> tuple[str, float]:
     share = sum(token.share for token in named)
     lift = share / sum(token.base for token in named)
     words = _listed(f"{_VERBS[best]} ", [quoted(t.text, t.token) for t in named])
-    return f"{words} (lift {_times(lift)}, {share:.0%} of activations){where}", clarity
+    numbers = f"lift {_times(lift)}, {share:.0%} of activations"
+    weighted = sum(token.weighted_share for token in named)
+    if weighted >= share + _TELLING_WEIGHT:
+        numbers += f", {weighted:.0%} of strength"
+    return f"{words} ({numbers}){where}", clarity
 
 
 def _named(tokens: list[TokenLift]) -> list[TokenLift]:
     """The tokens that the label names: the best, and others that matter."""
     ranked = [token for token in tokens if token.lift >= _MIN_LIFT]
-    return ranked[:1] + [t for t in ranked[1:_NAMED_TOKENS] if t.share >= _MIN_SHARE]
+    return ranked[:1] + [t for t in ranked[1:_NAMED_TOKENS] if t.weighted_share >= _MIN_SHARE]
 
 
 def _clarity(named: list[TokenLift], count: int) -> float:
-    share, base = sum(token.share for token in named), sum(token.base for token in named)
+    share = sum(token.weighted_share for token in named)
+    base = sum(token.base for token in named)
     return max(0.0, (share - base) * count / (count + SHRINKAGE))
 
 
@@ -211,7 +217,8 @@ def _labels(connection: duckdb.DuckDBPyConnection, rows: int) -> Iterator[tuple[
         connection.execute("SELECT segment, count(*) FROM tokens GROUP BY ALL").fetchall()
     )
     lifts = connection.execute(f"""
-        SELECT feature_id, token_offset, token, decoded_token, count, share, base, lift, score
+        SELECT feature_id, token_offset, token, decoded_token, count, share, weighted_share,
+               base, lift
         FROM token_lift WHERE rank <= {_NAMED_TOKENS}
         ORDER BY feature_id, token_offset, rank""").fetchall()
     tokens = {

@@ -25,8 +25,8 @@ TABLES = {
         feature_id INTEGER, label VARCHAR, quality DOUBLE, interestingness DOUBLE,
         model_name VARCHAR, prompt_version VARCHAR""",
     # One row a feature, dead ones too. A density is the share of (the segment's) tokens where the
-    # feature is active; mean is over active tokens; clarity is how much of its activity the
-    # statistical label explains beyond chance, from 0 to 1.
+    # feature is active; mean is over active tokens; clarity is the share of its strength
+    # that the statistical label explains beyond chance, from 0 to 1.
     "features": """
         feature_id INTEGER, count BIGINT, density DOUBLE, mean DOUBLE, max FLOAT,
         histogram BIGINT[], density_prompt DOUBLE, density_thinking DOUBLE,

@@ -1,0 +1,209 @@
+"""``r1sae features``: build, query, show and export a database of features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from r1sae_fast.features import FeatureDB
+
+Database = Annotated[Path, typer.Argument(help="The database file.", show_default=False)]
+Feature = Annotated[int, typer.Argument(help="The feature's id.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Build, query, show and export a database of features (one DuckDB file).",
+)
+
+
+@app.command()
+def build(
+    codes: Annotated[Path, typer.Argument(help="Folder of code shards.", show_default=False)],
+    database: Database,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="tokenizer.json, or a folder that has one; without it tokens are ids."),
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="What r1sae examples wrote for these codes; else collected now."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Examples of each feature to collect.")] = 20,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Build a database from code shards, with a statistical label for each feature."""
+    from r1sae_fast.examples import Examples
+    from r1sae_fast.features import FeatureDB
+
+    decode = None if tokenizer is None else _load_tokenizer(tokenizer)
+    ready = None if examples is None else Examples.load(examples)
+    with FeatureDB.build(database, codes, ready, decode, n=n, overwrite=overwrite) as db:
+        rows = int(db.metadata["rows"])
+        alive = db.sql("SELECT count(*) AS n FROM features WHERE count > 0").to_pylist()[0]["n"]
+        size = database.stat().st_size / 1e6
+        typer.echo(
+            f"{database}: {rows:,} tokens, {alive:,} of {db.d_sae:,} features alive, {size:.1f} MB"
+        )
+
+
+@app.command()
+def top(
+    database: Database,
+    feature: Feature,
+    n: Annotated[int, typer.Option("--n", "-n", help="How many.")] = 10,
+    window: Annotated[int, typer.Option("--window", "-w", help="Tokens on either side.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """List a feature's strongest examples, with their context."""
+    from r1sae_fast.features.show import heat
+
+    with _open(database) as db:
+        found = db.top(feature, n, window)
+    if as_json:
+        _print_json([example.to_dict() for example in found])
+        return
+    table = _table("rank", "strength", "sequence", "token", "context", numbers=4)
+    scale = found[0].strength if len(found) else 0.0
+    for example in found:
+        numbers = (example.rank, f"{example.strength:.4g}", example.sequence_id, example.token_idx)
+        table.add_row(*map(str, numbers), heat(example, scale))
+    _print(table if len(found) else f"feature {feature} is never active in this database")
+
+
+@app.command()
+def search(
+    database: Database,
+    text: Annotated[str, typer.Argument(help="Part of a label or of a token.", show_default=False)],
+    n: Annotated[int, typer.Option("--n", "-n", help="At most so many features.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Find features by label, and by the tokens on which they fire."""
+    from rich.text import Text
+
+    from r1sae_fast.features.show import label_text
+    from r1sae_fast.features.text import visible
+
+    with _open(database) as db:
+        hits = db.search(text, n)
+    if as_json:
+        _print_json([hit.to_dict() for hit in hits])
+        return
+    table = _table("feature", "active on", "found by", numbers=2)
+    for hit in hits:
+        if hit.label is not None:
+            what = label_text(hit.label, hit.model_name)
+        else:
+            what = Text(f'token "{visible(hit.token or "")}", {hit.score:.0%} of its activations')
+        count = "" if hit.count is None else f"{hit.count:,}"
+        table.add_row(str(hit.feature_id), count, what)
+    _print(table if len(hits) else "no feature found; labels and tokens were searched")
+
+
+@app.command()
+def show(
+    database: Database,
+    feature: Feature,
+    n: Annotated[int, typer.Option("--n", "-n", help="Contexts, one a sequence.")] = 5,
+    window: Annotated[int, typer.Option("--window", "-w", help="Tokens on either side.")] = 10,
+) -> None:
+    """Show a feature: statistics, labels, and contexts highlighted by strength."""
+    with _open(database) as db:
+        _print(db.show(feature, n, window))
+
+
+@app.command()
+def export(
+    database: Database,
+    folder: Annotated[Path, typer.Argument(help="Folder to write to.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files there.")] = False,
+) -> None:
+    """Write each table as a parquet file."""
+    with _open(database) as db:
+        for file in db.export(folder, overwrite=overwrite):
+            typer.echo(str(file))
+
+
+@app.command()
+def sql(
+    database: Database,
+    query: Annotated[str, typer.Argument(help="Any query that reads.", show_default=False)],
+    limit: Annotated[int, typer.Option(help="Show at most so many rows (as a table).")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Run a query; tables are listed by: SHOW TABLES."""
+    from rich.text import Text
+
+    from r1sae_fast.features.text import visible
+
+    with _open(database) as db:
+        result = db.sql(query)
+    if as_json:
+        _print_json(result.to_pylist())
+        return
+    table = _table(*result.column_names)
+    for row in result.slice(0, max(limit, 0)).to_pylist():
+        table.add_row(*(Text(visible("NULL" if v is None else str(v))) for v in row.values()))
+    _print(table)
+    if result.num_rows > limit:
+        _print(f"... {result.num_rows - limit:,} more rows (--limit)")
+
+
+def _open(path: Path) -> FeatureDB:
+    from r1sae_fast.features import FeatureDB
+
+    return FeatureDB(path)
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file; expected a tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  # the library raises bare Exception
+        raise ValueError(f"{file}: not a tokenizer.json ({error})") from None
+
+
+def _table(*columns: str, numbers: int = 0) -> Table:
+    """A table whose first columns are ``numbers`` many of numbers."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from r1sae_fast.features.text import visible
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        number = i < numbers
+        table.add_column(
+            Text(visible(column)),
+            justify="right" if number else "left",
+            no_wrap=number,
+            overflow="fold",
+        )
+    return table
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    Console(markup=False, highlight=False).print(what)
+
+
+def _print_json(rows: list[dict[str, Any]]) -> None:
+    # ASCII, so that no control character reaches the terminal.
+    for row in rows:
+        typer.echo(json.dumps(row, default=str))
+
+
+def register(root: typer.Typer) -> None:
+    """Adds the commands to the root app."""
+    root.add_typer(app, name="features", rich_help_panel="The chain")
