@@ -49,7 +49,8 @@ def heat(context: TopExample, scale: float) -> Text:
             level = min(int(token.strength / scale * len(_HEAT)), len(_HEAT) - 1)
             style = f"black on {_HEAT[level]}"
         if token.token_idx == context.token_idx:
-            style += " bold underline"
+            # Marked by signs too, for terminals and files without colour.
+            piece, style = f"«{piece}»", f"{style} bold"
         text.append(piece, style=style.strip() or None)
     return text
 
