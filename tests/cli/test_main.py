@@ -1,11 +1,13 @@
 """The root command: help, version, and that every command has a help page."""
 
+import re
+
 import pytest
 import typer
 from typer.testing import CliRunner
 
 import r1sae_fast
-from r1sae_fast.cli.main import app
+from r1sae_fast.cli.main import RootGroup, app
 
 runner = CliRunner()
 
@@ -23,6 +25,13 @@ def command_paths() -> list[tuple[str, ...]]:
     return paths
 
 
+def names_in_order() -> list[str]:
+    """The commands below the root in the order of the help page."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, RootGroup)
+    return root.list_commands(None)
+
+
 @pytest.mark.parametrize("path", command_paths(), ids=" ".join)
 def test_every_command_has_a_help_page(path: tuple[str, ...]) -> None:
     result = runner.invoke(app, [*path, "--help"])
@@ -33,9 +42,9 @@ def test_every_command_has_a_help_page(path: tuple[str, ...]) -> None:
 def test_help_names_every_command() -> None:
     result = runner.invoke(app, ["-h"])
     assert result.exit_code == 0
-    for path in command_paths():
-        if len(path) == 1:
-            assert path[0] in result.stdout
+    first_words = re.findall(r"^[|│] ([a-z][\w-]*) ", result.stdout, re.MULTILINE)
+    assert [word for word in first_words if word in names_in_order()] == names_in_order()
+    assert set(names_in_order()) == {path[0] for path in command_paths()}
 
 
 def test_version() -> None:

@@ -15,7 +15,6 @@ from r1sae_fast import SparseCodes
 from r1sae_fast.errors import NonFiniteError, ShardError
 from r1sae_fast.shards import CodeShards, CodeWriter
 
-
 # Each shard is synced, and a disk takes its time over that; properties need no disk.
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 

@@ -1,10 +1,11 @@
 """The entry point of ``r1sae``: lists the commands. One module a command, each with ``register``.
 
 To add a command: write ``cli/<name>.py`` with a typer function and ``register(app)``, import it
-here and add it to :data:`COMMANDS` in the order in which ``r1sae --help`` shall show it.
+here and add it to :data:`COMMANDS` in the order in which ``r1sae --help`` shall show it. The
+command is named as its module.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +19,18 @@ COMMANDS = [
     info,
 ]
 
+
+class RootGroup(GuardedGroup):
+    """Lists commands and groups of commands in the order of :data:`COMMANDS`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names in the help page's order."""
+        return [module.__name__.rpartition(".")[2].replace("_", "-") for module in COMMANDS]
+
+
 app = typer.Typer(
     name="r1sae",
-    cls=GuardedGroup,
+    cls=RootGroup,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
