@@ -6,12 +6,14 @@ use pyo3::prelude::*;
 mod errors;
 mod examples;
 mod interrupt;
+mod ops;
 mod shards;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+    ops::register(module)?;
     shards::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;
     module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;

@@ -1,1 +1,254 @@
-//! (in construction)
+//! Sparse codes back to activations, and the two gradients of that.
+//!
+//! `W_dec` is `[d_sae, d_in]`, so each code reads one contiguous row. Sums are
+//! f32, in the order of the codes, whatever the element type and the number of
+//! threads.
+
+use crate::rows::{map_ranges, map_ranges_mut, Matrix};
+use crate::simd::{Element, Simd};
+use crate::{Error, Result};
+
+#[cfg(test)]
+mod tests;
+
+/// Borrowed codes whose offsets and indices have been checked.
+#[derive(Clone, Copy, Debug)]
+pub struct SparseRows<'a> {
+    indices: &'a [i32],
+    row_offsets: &'a [i64],
+    d_sae: usize,
+}
+
+impl<'a> SparseRows<'a> {
+    /// Checks that `row_offsets` runs from 0 to the number of codes without falling, and that
+    /// every index is in `0..d_sae`.
+    ///
+    /// # Errors
+    /// What is wrong, with the row.
+    pub fn new(indices: &'a [i32], row_offsets: &'a [i64], d_sae: usize) -> Result<Self> {
+        let invalid = |problem| Err(Error::InvalidArgument(problem));
+        let (Some(first), Some(last)) = (row_offsets.first(), row_offsets.last()) else {
+            return invalid("row_offsets is empty; expected rows + 1 entries".into());
+        };
+        if *first != 0 || usize::try_from(*last) != Ok(indices.len()) {
+            return invalid(format!(
+                "row_offsets runs from {first} to {last}; expected 0 to {}, the number of indices",
+                indices.len()
+            ));
+        }
+        if let Some(row) = row_offsets.windows(2).position(|pair| pair[0] > pair[1]) {
+            return invalid(format!("row_offsets falls after row {row}; it must not"));
+        }
+        let in_range = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < d_sae);
+        if let Some(at) = indices.iter().position(|index| !in_range(index)) {
+            let row = row_offsets.partition_point(|offset| *offset <= at as i64) - 1;
+            return invalid(format!(
+                "row {row} names feature {}; expected 0 to d_sae - 1, where d_sae is {d_sae}",
+                indices[at]
+            ));
+        }
+        Ok(Self {
+            indices,
+            row_offsets,
+            d_sae,
+        })
+    }
+
+    /// Number of rows.
+    pub fn rows(self) -> usize {
+        self.row_offsets.len() - 1
+    }
+
+    /// Number of codes.
+    pub fn nnz(self) -> usize {
+        self.indices.len()
+    }
+
+    fn range(self, row: usize) -> std::ops::Range<usize> {
+        self.row_offsets[row] as usize..self.row_offsets[row + 1] as usize
+    }
+
+    /// About how many elements of width `width` a row costs.
+    fn cost(self, width: usize) -> usize {
+        (self.nnz() / self.rows().max(1) + 1).saturating_mul(width)
+    }
+}
+
+fn check_len(what: &str, found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::InvalidArgument(format!(
+        "{what}: found {found}, expected {expected}"
+    )))
+}
+
+/// `output[r] = sum of values[i] * w_dec[indices[i]] over the codes i of row r, + b_dec`.
+///
+/// # Errors
+/// Lengths that disagree.
+pub fn decode<E: Element>(
+    values: &[E],
+    codes: SparseRows<'_>,
+    w_dec: Matrix<'_, E>,
+    b_dec: Option<&[E]>,
+    simd: Simd,
+    threads: usize,
+) -> Result<Vec<E>> {
+    let d_in = w_dec.width();
+    check_len("length of values", values.len(), codes.nnz())?;
+    if let Some(b_dec) = b_dec {
+        check_len("length of b_dec", b_dec.len(), d_in)?;
+    }
+    check_len("rows of w_dec", w_dec.rows(), codes.d_sae)?;
+    let start: Vec<f32> = match b_dec {
+        Some(b_dec) => b_dec.iter().map(|value| value.to_f32()).collect(),
+        None => vec![0.0; d_in],
+    };
+    let mut output = vec![E::default(); codes.rows() * d_in];
+    map_ranges_mut(
+        &mut output,
+        d_in,
+        codes.cost(d_in),
+        threads,
+        |range, part| {
+            let mut sum = vec![0.0_f32; d_in];
+            for (row, output) in range.zip(part.chunks_exact_mut(d_in)) {
+                sum.copy_from_slice(&start);
+                let terms = codes
+                    .range(row)
+                    .map(|at| (values[at].to_f32(), w_dec.row(codes.indices[at] as usize)));
+                add_terms(simd, &mut sum, terms);
+                round_into(&sum, output);
+            }
+        },
+    );
+    Ok(output)
+}
+
+/// The gradient of [`decode`] in `values`: `<gradient[r], w_dec[indices[i]]>`.
+///
+/// # Errors
+/// Shapes that disagree.
+pub fn gradient_of_values<E: Element>(
+    gradient: Matrix<'_, E>,
+    codes: SparseRows<'_>,
+    w_dec: Matrix<'_, E>,
+    simd: Simd,
+    threads: usize,
+) -> Result<Vec<E>> {
+    check_len("rows of the gradient", gradient.rows(), codes.rows())?;
+    check_len("columns of the gradient", gradient.width(), w_dec.width())?;
+    check_len("rows of w_dec", w_dec.rows(), codes.d_sae)?;
+    let cost = codes.cost(w_dec.width());
+    let parts = map_ranges(codes.rows(), cost, threads, |range| {
+        let mut output = Vec::new();
+        let mut left = vec![0.0_f32; gradient.width()];
+        for row in range {
+            for (left, value) in left.iter_mut().zip(gradient.row(row)) {
+                *left = value.to_f32();
+            }
+            let indices = &codes.indices[codes.range(row)];
+            output.extend(
+                indices
+                    .iter()
+                    .map(|index| E::from_f32(simd.dot(&left, w_dec.row(*index as usize)))),
+            );
+        }
+        output
+    });
+    Ok(parts.concat())
+}
+
+/// The gradient of [`decode`] in `w_dec`, `[d_sae, d_in]`: row `f` is the sum of
+/// `values[i] * gradient[r]` over the codes of feature `f`, in rising row.
+///
+/// # Errors
+/// Shapes that disagree.
+pub fn gradient_of_weight<E: Element>(
+    gradient: Matrix<'_, E>,
+    values: &[E],
+    codes: SparseRows<'_>,
+    simd: Simd,
+    threads: usize,
+) -> Result<Vec<E>> {
+    let (d_in, d_sae) = (gradient.width(), codes.d_sae);
+    check_len("rows of the gradient", gradient.rows(), codes.rows())?;
+    check_len("length of values", values.len(), codes.nnz())?;
+    let by_feature = by_feature(codes, values);
+    let mut output = vec![E::default(); d_sae.saturating_mul(d_in)];
+    let cost = (codes.nnz() / d_sae.max(1) + 1).saturating_mul(d_in);
+    map_ranges_mut(&mut output, d_in, cost, threads, |range, part| {
+        let mut sum = vec![0.0_f32; d_in];
+        for (feature, output) in range.zip(part.chunks_exact_mut(d_in)) {
+            let entries =
+                &by_feature.entries[by_feature.offsets[feature]..by_feature.offsets[feature + 1]];
+            if entries.is_empty() {
+                continue;
+            }
+            sum.fill(0.0);
+            let terms = entries
+                .iter()
+                .map(|(row, value)| (*value, gradient.row(*row)));
+            add_terms(simd, &mut sum, terms);
+            round_into(&sum, output);
+        }
+    });
+    Ok(output)
+}
+
+/// The same codes by feature: those of `f` are `entries[offsets[f]..offsets[f + 1]]`, each a
+/// row and a value, in rising row.
+struct ByFeature {
+    offsets: Vec<usize>,
+    entries: Vec<(usize, f32)>,
+}
+
+/// A counting sort.
+fn by_feature<E: Element>(codes: SparseRows<'_>, values: &[E]) -> ByFeature {
+    let d_sae = codes.d_sae;
+    let mut offsets = vec![0_usize; d_sae + 1];
+    for index in codes.indices {
+        offsets[*index as usize + 1] += 1;
+    }
+    for feature in 0..d_sae {
+        offsets[feature + 1] += offsets[feature];
+    }
+    let mut next = offsets.clone();
+    let mut entries = vec![(0, 0.0); codes.nnz()];
+    for row in 0..codes.rows() {
+        for at in codes.range(row) {
+            let slot = &mut next[codes.indices[at] as usize];
+            entries[*slot] = (row, values[at].to_f32());
+            *slot += 1;
+        }
+    }
+    ByFeature { offsets, entries }
+}
+
+/// `sum += scale * row` for every term, in order, four at a time.
+fn add_terms<'a, E: Element>(
+    simd: Simd,
+    sum: &mut [f32],
+    terms: impl Iterator<Item = (f32, &'a [E])>,
+) {
+    let mut waiting = [(0.0, &[][..]); 4];
+    let mut count = 0;
+    for term in terms {
+        waiting[count] = term;
+        count += 1;
+        if count == 4 {
+            simd.add_scaled_4(sum, waiting.map(|term| term.0), waiting.map(|term| term.1));
+            count = 0;
+        }
+    }
+    for (scale, row) in &waiting[..count] {
+        simd.add_scaled(sum, *scale, row);
+    }
+}
+
+fn round_into<E: Element>(sum: &[f32], output: &mut [E]) {
+    for (output, sum) in output.iter_mut().zip(sum) {
+        *output = E::from_f32(*sum);
+    }
+}

@@ -1,0 +1,160 @@
+//! Rows shared out to threads, in contiguous ranges, so that results never
+//! depend on how many there are.
+
+use std::ops::Range;
+use std::sync::OnceLock;
+
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// A borrowed row-major matrix.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a, T> {
+    data: &'a [T],
+    rows: usize,
+    width: usize,
+}
+
+impl<'a, T> Matrix<'a, T> {
+    /// `rows` rows of `width` elements.
+    ///
+    /// # Errors
+    /// `data` is of another length.
+    pub fn new(data: &'a [T], rows: usize, width: usize) -> Result<Self> {
+        if rows.checked_mul(width) != Some(data.len()) {
+            return Err(Error::InvalidArgument(format!(
+                "{} elements can't be {rows} rows of {width}",
+                data.len()
+            )));
+        }
+        Ok(Self { data, rows, width })
+    }
+
+    /// Number of rows.
+    pub fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Elements a row.
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Row `row`; panics out of range, as a slice does.
+    #[inline]
+    pub fn row(self, row: usize) -> &'a [T] {
+        &self.data[row * self.width..(row + 1) * self.width]
+    }
+}
+
+/// Elements below which another thread costs more than it saves (tens of microseconds of work).
+const MIN_ELEMENTS: usize = 1 << 16;
+
+/// Splits `rows` rows, each of about `cost` elements of work, into at most `threads` ranges.
+fn ranges(rows: usize, cost: usize, threads: usize) -> Vec<Range<usize>> {
+    let worth = rows.saturating_mul(cost.max(1)) / MIN_ELEMENTS;
+    let parts = threads.min(worth).min(rows).max(1);
+    (0..parts)
+        .map(|part| rows * part / parts..rows * (part + 1) / parts)
+        .collect()
+}
+
+/// Whether rayon's threads exist in this process: a fork copies the pool but not its threads,
+/// and waiting for them would hang (torch's DataLoader forks).
+fn pool_is_alive() -> bool {
+    static OWNER: OnceLock<u32> = OnceLock::new();
+    let process = std::process::id();
+    *OWNER.get_or_init(|| process) == process
+}
+
+/// Calls `work` on contiguous ranges that cover `0..rows`; the results are in order of rows.
+pub(crate) fn map_ranges<R: Send>(
+    rows: usize,
+    cost: usize,
+    threads: usize,
+    work: impl Fn(Range<usize>) -> R + Sync + Send,
+) -> Vec<R> {
+    let ranges = ranges(rows, cost, threads);
+    if ranges.len() == 1 || !pool_is_alive() {
+        return ranges.into_iter().map(work).collect();
+    }
+    ranges.into_par_iter().with_max_len(1).map(work).collect()
+}
+
+/// As [`map_ranges`]; each call also gets its part of `output`, which holds `width` elements a row.
+/// No calls where `output` is empty.
+pub(crate) fn map_ranges_mut<T: Send, R: Send>(
+    output: &mut [T],
+    width: usize,
+    cost: usize,
+    threads: usize,
+    work: impl Fn(Range<usize>, &mut [T]) -> R + Sync + Send,
+) -> Vec<R> {
+    let rows = output.len().checked_div(width).unwrap_or(0);
+    if rows == 0 {
+        return Vec::new();
+    }
+    let mut rest = output;
+    let mut parts = Vec::new();
+    for range in ranges(rows, cost, threads) {
+        let (part, after) = rest.split_at_mut(range.len() * width);
+        parts.push((range, part));
+        rest = after;
+    }
+    if parts.len() == 1 || !pool_is_alive() {
+        return parts
+            .into_iter()
+            .map(|(range, part)| work(range, part))
+            .collect();
+    }
+    parts
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|(range, part)| work(range, part))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_cover_every_row_once() {
+        for rows in [0, 1, 2, 7, 1000] {
+            for threads in [0, 1, 3, 64] {
+                let ranges = ranges(rows, MIN_ELEMENTS, threads);
+                let covered: Vec<usize> = ranges.iter().cloned().flatten().collect();
+                assert_eq!(covered, (0..rows).collect::<Vec<_>>());
+                assert!(ranges.len() <= threads.max(1));
+            }
+        }
+    }
+
+    #[test]
+    fn small_work_stays_on_one_thread() {
+        assert_eq!(ranges(10, 10, 8).len(), 1);
+        assert_eq!(ranges(1 << 20, usize::MAX, 8).len(), 8);
+    }
+
+    #[test]
+    fn parts_of_the_output_match_their_rows() {
+        let mut output = vec![0; 50];
+        map_ranges_mut(&mut output, 5, MIN_ELEMENTS, 4, |range, part| {
+            for (row, values) in range.zip(part.chunks_mut(5)) {
+                values.fill(row);
+            }
+        });
+        let expected: Vec<usize> = (0..50).map(|at| at / 5).collect();
+        assert_eq!(output, expected);
+        let mut empty: Vec<i32> = Vec::new();
+        assert!(map_ranges_mut(&mut empty, 0, 1, 4, |_, _| ()).is_empty());
+    }
+
+    #[test]
+    fn a_matrix_of_the_wrong_length_is_refused() {
+        assert!(Matrix::new(&[1, 2, 3], 2, 2).is_err());
+        assert!(Matrix::<u8>::new(&[], usize::MAX, 2).is_err());
+        assert_eq!(Matrix::new(&[1, 2, 3, 4], 2, 2).unwrap().row(1), [3, 4]);
+    }
+}

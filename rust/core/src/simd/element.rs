@@ -1,0 +1,65 @@
+//! The element types that the loops read, and the sort key of a code.
+
+use half::bf16;
+
+mod private {
+    /// Keeps [`super::Element`] to the types below, whose bits the x86 loads rely on.
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::bf16 {}
+}
+
+/// `f32` or `bf16`: what activations, codes and weights are made of. Sums are f32.
+pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + 'static {
+    /// Exact.
+    fn to_f32(self) -> f32;
+    /// To the nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        // The upper half of an f32; `half` also quietens NaN, which costs a branch.
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use super::x86::Load as ArchLoad;
+
+/// On other architectures no element needs a vector load.
+#[cfg(not(target_arch = "x86_64"))]
+pub trait ArchLoad {}
+#[cfg(not(target_arch = "x86_64"))]
+impl ArchLoad for f32 {}
+#[cfg(not(target_arch = "x86_64"))]
+impl ArchLoad for bf16 {}
+
+/// The sort key of a positive value at an index: rising keys are falling values,
+/// ties by rising index (positive floats order as their bits do).
+#[inline(always)]
+pub(crate) fn key_of(value: f32, index: usize) -> u64 {
+    (u64::from(!value.to_bits()) << 32) | index as u64
+}
+
+/// The value and the index of a key.
+#[inline(always)]
+pub fn value_of(key: u64) -> (f32, u32) {
+    (f32::from_bits(!((key >> 32) as u32)), key as u32)
+}
