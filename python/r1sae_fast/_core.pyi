@@ -10,6 +10,48 @@ from numpy.typing import NDArray
 __version__: str
 DEBUG_BUILD: bool
 
+# -- selection and decoding (rust/python/src/ops.rs) --
+
+# float32, or uint16 holding the bits of bf16.
+_Floats: TypeAlias = NDArray[np.float32] | NDArray[np.uint16]
+_Int32: TypeAlias = NDArray[np.int32]
+_Int64: TypeAlias = NDArray[np.int64]
+_Codes: TypeAlias = tuple[NDArray[Any], _Int32, _Int64]
+
+def topk(pre_activations: _Floats, k: int, check_finite: bool, threads: int) -> _Codes: ...
+def batch_topk(pre_activations: _Floats, k: int, check_finite: bool, threads: int) -> _Codes: ...
+def threshold(
+    pre_activations: _Floats,
+    thresholds: NDArray[np.float32],
+    check_finite: bool,
+    threads: int,
+) -> _Codes: ...
+def decode(
+    values: _Floats,
+    indices: _Int32,
+    row_offsets: _Int64,
+    w_dec: _Floats,
+    b_dec: _Floats | None,
+    threads: int,
+) -> NDArray[Any]: ...
+def decode_gradient_of_values(
+    gradient: _Floats,
+    indices: _Int32,
+    row_offsets: _Int64,
+    w_dec: _Floats,
+    threads: int,
+) -> NDArray[Any]: ...
+def decode_gradient_of_weight(
+    gradient: _Floats,
+    values: _Floats,
+    indices: _Int32,
+    row_offsets: _Int64,
+    d_sae: int,
+    threads: int,
+) -> NDArray[Any]: ...
+def simd_info() -> tuple[str, list[str]]: ...
+def set_simd(name: str) -> str: ...
+
 # -- shards (rust/python/src/shards.rs) --
 
 _Bytes: TypeAlias = NDArray[np.uint8]

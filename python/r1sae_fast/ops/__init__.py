@@ -1,1 +1,25 @@
-"""(in construction)"""
+"""The operations of a sparse autoencoder, one a file.
+
+Each has a reference in plain torch (``*_reference``, the truth), a Rust path that is taken on the
+CPU for float32 and bfloat16, a gradient, and is a ``torch.library`` custom operation
+(``torch.ops.r1sae_fast.*``), so that ``torch.compile`` and ``torch.export`` see it whole.
+"""
+
+from r1sae_fast.ops._simd import set_simd, simd_info
+from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
+from r1sae_fast.ops.decode import decode, decode_reference
+from r1sae_fast.ops.threshold import threshold, threshold_reference
+from r1sae_fast.ops.topk import topk, topk_reference
+
+__all__ = [
+    "batch_topk",
+    "batch_topk_reference",
+    "decode",
+    "decode_reference",
+    "set_simd",
+    "simd_info",
+    "threshold",
+    "threshold_reference",
+    "topk",
+    "topk_reference",
+]

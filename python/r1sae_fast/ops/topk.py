@@ -1,0 +1,67 @@
+"""The k largest positive pre-activations of each row (TopK: Gao et al., arXiv 2406.04093)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1sae_fast import _core
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.ops import _common
+from r1sae_fast.ops._common import RawCodes
+
+__all__ = ["topk", "topk_reference"]
+
+
+def topk(pre_activations: Tensor, k: int, *, check_finite: bool = True) -> SparseCodes:
+    """The ``k`` largest positive values of each row; fewer where fewer are positive.
+
+    Args:
+        pre_activations: ``[..., d_sae]``, floating. Gradients flow to what was chosen.
+        k: 0 to d_sae.
+        check_finite: refuse NaN and infinities. Without it NaN is never chosen.
+
+    Returns:
+        Codes by falling value in each row; ties go to the lower feature.
+
+    Raises:
+        TypeError: not a floating tensor, or k not an int.
+        ValueError: k out of range.
+        NonFiniteError: names the (flat) row.
+    """
+    flat = _common.flat_rows(pre_activations, k)
+    return _common.as_codes(_topk(flat, k, check_finite), pre_activations)
+
+
+def topk_reference(pre_activations: Tensor, k: int, check_finite: bool = True) -> RawCodes:
+    """The truth, in plain torch: a stable sort of ``[rows, d_sae]``."""
+    if check_finite:
+        _common.require_finite(pre_activations)
+    positive = _common.positive_part(pre_activations)
+    values, columns = positive.sort(dim=-1, descending=True, stable=True)
+    values, columns = values[:, :k], columns[:, :k]
+    rows, places = torch.nonzero(values, as_tuple=True)
+    return _common.raw_codes(
+        values[rows, places], rows, columns[rows, places], pre_activations.shape[0]
+    )
+
+
+@torch.library.custom_op("r1sae_fast::topk", mutates_args=())
+def _topk(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return topk_reference(pre_activations, k, check_finite)
+
+
+@_topk.register_kernel("cpu")
+def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not _common.in_rust(pre_activations):
+        return topk_reference(pre_activations, k, check_finite)
+    raw = _core.topk(_common.to_rust(pre_activations), k, check_finite, _common.threads())
+    return _common.from_rust(raw[0]), _common.from_rust(raw[1]), _common.from_rust(raw[2])
+
+
+@_topk.register_fake
+def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _common.empty_codes(pre_activations)
+
+
+_topk.register_autograd(_common.selection_backward, setup_context=_common.save_selection)
