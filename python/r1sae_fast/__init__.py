@@ -12,14 +12,26 @@ from r1sae_fast.errors import R1SaeError
 
 if TYPE_CHECKING:
     # The same names as in _LAZY, for type checkers and editors.
+    from r1sae_fast.checkpoints import load_logic_sae, load_math_sae
     from r1sae_fast.codes import SparseCodes
+    from r1sae_fast.sae import FastSAE
 
 __version__ = _core.__version__
-__all__ = ["R1SaeError", "SparseCodes", "__version__"]
+__all__ = [
+    "FastSAE",
+    "R1SaeError",
+    "SparseCodes",
+    "__version__",
+    "load_logic_sae",
+    "load_math_sae",
+]
 
 _LAZY: dict[str, str] = {
     # public name: module that defines it
+    "FastSAE": "r1sae_fast.sae",
     "SparseCodes": "r1sae_fast.codes",
+    "load_logic_sae": "r1sae_fast.checkpoints",
+    "load_math_sae": "r1sae_fast.checkpoints",
 }
 
 

@@ -1,0 +1,87 @@
+"""What an SAE is, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from r1sae_fast.errors import CheckpointError
+
+__all__ = ["MODES", "Mode", "SaeConfig"]
+
+Mode = Literal["topk", "batch_topk", "threshold"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+FORMAT = "r1sae-sae"
+VERSION = 1
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """The shape of an SAE and how it selects; checked on construction.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: a field out of range; k above d_sae among them.
+    """
+
+    d_in: int
+    """Width of the activations."""
+    d_sae: int
+    """Number of features (latents)."""
+    k: int
+    """Codes a row: exactly for topk, on average for batch_topk, the aim of calibration for
+    threshold."""
+    mode: Mode = "batch_topk"
+    """How pre-activations become codes."""
+    tied: bool = False
+    """Whether W_enc is W_dec transposed (one storage)."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "d_sae", "k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}; expected an int")
+        for name in ("d_in", "d_sae"):
+            value = getattr(self, name)
+            if not 1 <= value <= _INT32_MAX:
+                raise ValueError(f"{name} is {value}; expected 1 to {_INT32_MAX}")
+        if not 0 <= self.k <= self.d_sae:
+            raise ValueError(f"k is {self.k}; expected 0 to d_sae = {self.d_sae}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
+        if not isinstance(self.tied, bool):
+            raise TypeError(f"tied is {self.tied!r}; expected a bool")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in ``config.json``."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: object, where: str) -> SaeConfig:
+        """The reverse of :meth:`to_json`; other keys are passed over.
+
+        Raises:
+            CheckpointError: no SAE's config, one of a later version, or a bad field; opens with
+                ``where``.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise CheckpointError(
+                f'{where} is not the config of an SAE: found format {found!r}, expected "{FORMAT}"'
+            )
+        version = data.get("version")
+        if version != VERSION:
+            raise CheckpointError(
+                f"{where} has version {version!r}; this release reads version {VERSION}, "
+                "so a newer r1sae-fast may be needed"
+            )
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in data]
+        if missing:
+            raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+        try:
+            return cls(**{name: data[name] for name in names})
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{where}: {error}") from error

@@ -1,0 +1,364 @@
+"""FastSAE: a sparse autoencoder whose codes stay sparse.
+
+``pre_activations = x @ W_enc + b_enc`` (``b_dec`` is not subtracted, as in Goodfire's release),
+``codes = select(relu(pre_activations))``, ``reconstruction = codes @ W_dec + b_dec``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from r1sae_fast import ops
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.sae.config import Mode, SaeConfig
+
+__all__ = ["FastSAE"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UNSET = -1.0
+
+
+class FastSAE(nn.Module):
+    """A sparse autoencoder.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of features.
+        k: codes a row (topk), on average (batch_topk, over all leading positions together), or
+            the number that :meth:`calibrate_threshold` aims at (threshold).
+        mode: ``"topk"``, ``"batch_topk"`` or ``"threshold"``; may be changed later, as may k.
+        tied: W_enc is W_dec transposed, one storage.
+        check_finite: refuse x that holds NaN or infinities, naming the row.
+        device, dtype: of the parameters; float32, bfloat16, float16 or float64.
+
+    Attributes:
+        W_dec: parameter ``[d_sae, d_in]``; at first random rows of unit norm.
+        W_enc: ``[d_in, d_sae]``; a parameter (at first W_dec transposed), or a view of W_dec where
+            tied. In memory it is feature-major: column f is contiguous.
+        b_enc, b_dec: parameters ``[d_sae]`` and ``[d_in]``, at first zero.
+        threshold: buffer, float32, ``[]`` or ``[d_sae]``: in mode threshold the codes are what
+            exceeds it. Negative: not calibrated yet.
+        metadata: free JSON data, saved with the weights (model, hook point, ...).
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: an argument out of range (k above d_sae among them).
+    """
+
+    W_enc: Tensor
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        mode: Mode = "batch_topk",
+        *,
+        tied: bool = False,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self._config = SaeConfig(d_in, d_sae, k, mode, tied)
+        self.check_finite = check_finite
+        self.metadata: dict[str, Any] = {}
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in _DTYPES:
+            names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+            raise TypeError(f"dtype is {dtype}; expected one of {names}")
+        unset = torch.full((), _UNSET, device=device, dtype=torch.float32)
+        self.register_buffer("threshold", unset)
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
+        if not tied:
+            feature_major = torch.empty(d_sae, d_in, device=device, dtype=dtype)
+            self.W_enc = nn.Parameter(feature_major.T)
+        self.b_enc = nn.Parameter(torch.empty(d_sae, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(d_in, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random unit rows of W_dec (torch's global generator), W_enc its transpose, no biases."""
+        with torch.no_grad():
+            self.W_dec.normal_()
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+            if not self.tied:
+                self.W_enc.copy_(self.W_dec.T)
+            self.b_enc.zero_()
+            self.b_dec.zero_()
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    @property
+    def config(self) -> SaeConfig:
+        """Sizes, k, mode and tying."""
+        return self._config
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._config.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self._config.d_sae
+
+    @property
+    def tied(self) -> bool:
+        """Whether W_enc is a view of W_dec."""
+        return self._config.tied
+
+    @property
+    def k(self) -> int:
+        """Codes a row; see the class."""
+        return self._config.k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._config = SaeConfig(self.d_in, self.d_sae, k, self.mode, self.tied)
+
+    @property
+    def mode(self) -> Mode:
+        """How pre-activations become codes."""
+        return self._config.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._config = SaeConfig(self.d_in, self.d_sae, self.k, mode, self.tied)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.W_dec.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.W_dec.device
+
+    def extra_repr(self) -> str:
+        config = self._config
+        return (
+            f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, mode={config.mode!r}, "
+            f"tied={config.tied}, dtype={self.dtype}, device={str(self.device)!r}"
+        )
+
+    # -- what it does -------------------------------------------------------------------------
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """``x @ W_enc + b_enc``, ``[..., d_sae]``; x is cast to the parameters' dtype.
+
+        Raises:
+            TypeError: x is not a floating tensor.
+            ValueError: x has another width than d_in, or lies on another device.
+        """
+        x = self._checked("x", x, self.d_in, "d_in")
+        # Two steps, each rounded, as the release does: fusing them moves bf16 codes.
+        return x @ self.W_enc + self.b_enc
+
+    def encode_sparse(self, x: Tensor) -> SparseCodes:
+        """The codes of ``x [..., d_in]``, strongest first in each row, ties by lower feature.
+
+        Differentiable in x, W_enc and b_enc, through the chosen codes.
+
+        Raises:
+            TypeError, ValueError: as :meth:`pre_activations`; mode threshold without calibration.
+            NonFiniteError: a row holds NaN or an infinity (unless check_finite is off).
+        """
+        pre_activations = self.pre_activations(x)
+        try:
+            return self._select(pre_activations)
+        except NonFiniteError as error:
+            raise self._explained(error, x) from None
+
+    def encode(self, x: Tensor) -> Tensor:
+        """As :meth:`encode_sparse`, dense: ``[..., d_sae]``."""
+        return self.encode_sparse(x).to_dense()
+
+    def decode(self, codes: SparseCodes | Tensor) -> Tensor:
+        """``codes @ W_dec + b_dec``, ``[..., d_in]``; codes are cast to the parameters' dtype.
+
+        Args:
+            codes: SparseCodes, or a dense tensor ``[..., d_sae]``.
+
+        Raises:
+            TypeError: not floating.
+            ValueError: of another number of features, or on another device.
+        """
+        if isinstance(codes, SparseCodes):
+            if codes.d_sae != self.d_sae:
+                raise ValueError(f"the codes have d_sae {codes.d_sae}; expected {self.d_sae}")
+            return ops.decode(codes.to(self.dtype), self.W_dec, self.b_dec)
+        return self._checked("codes", codes, self.d_sae, "d_sae") @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> tuple[Tensor, SparseCodes]:
+        """``(reconstruction [..., d_in], codes)``."""
+        codes = self.encode_sparse(x)
+        return self.decode(codes), codes
+
+    @torch.no_grad()
+    def calibrate_threshold(self, batches: Tensor | Iterable[Tensor]) -> float:
+        """Sets :attr:`threshold` so that rows get k codes on average, and returns it.
+
+        It is the mean over the batches of batch top-k's weakest code (Bussmann et al.,
+        arXiv 2412.06410), less one unit in the last place: one batch keeps the codes it had.
+
+        Args:
+            batches: ``x [..., d_in]``, or several.
+
+        Raises:
+            ValueError: no rows at all; else as :meth:`encode_sparse`.
+        """
+        weakest = []
+        for x in [batches] if isinstance(batches, Tensor) else batches:
+            try:
+                codes = ops.batch_topk(
+                    self.pre_activations(x), self.k, check_finite=self.check_finite
+                )
+            except NonFiniteError as error:
+                raise self._explained(error, x) from None
+            if codes.rows:
+                full = codes.nnz > 0 and codes.nnz == self.k * codes.rows
+                weakest.append(float(codes.values.min()) if full else 0.0)
+        if not weakest:
+            raise ValueError("no rows to calibrate on; give at least one row of activations")
+        mean = torch.tensor(sum(weakest) / len(weakest), dtype=torch.float32)
+        bound = mean.nextafter(torch.zeros(()))
+        self.threshold = bound.to(self.device)
+        return float(bound)
+
+    # -- files --------------------------------------------------------------------------------
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Writes ``sae.safetensors`` and ``config.json``; what was there stays until both are done.
+
+        Raises:
+            OSError: the folder can't be made or written.
+        """
+        from r1sae_fast.checkpoints import native
+
+        native.save(self, directory)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | PathLike[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> FastSAE:
+        """Reads what :meth:`save` wrote; ``dtype`` None keeps the saved one.
+
+        Raises:
+            FileNotFoundError: no such folder.
+            CheckpointError: incomplete or damaged; names the file or the tensor.
+        """
+        from r1sae_fast.checkpoints import native
+
+        return native.load(directory, device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_path: str | PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> FastSAE:
+        """Reads an SAE from a folder, or from a repository of the Hugging Face hub.
+
+        A repository holds what :meth:`save` writes. Goodfire's own is known too:
+        ``from_pretrained("Goodfire/DeepSeek-R1-SAE-l37", subfolder="math")`` (or ``"logic"``).
+
+        Raises:
+            CheckpointError: offline, missing, gated or damaged; says which, and what to do.
+        """
+        from r1sae_fast.checkpoints import hub
+
+        return hub.load(
+            repo_or_path,
+            hub.Source(subfolder, revision, cache_dir, local_files_only, token),
+            device,
+            dtype,
+        )
+
+    # -- inner parts --------------------------------------------------------------------------
+
+    def _select(self, pre_activations: Tensor) -> SparseCodes:
+        check = self.check_finite
+        if self.mode == "topk":
+            return ops.topk(pre_activations, self.k, check_finite=check)
+        if self.mode == "batch_topk":
+            return ops.batch_topk(pre_activations, self.k, check_finite=check)
+        if bool((self.threshold < 0).any()):
+            raise ValueError(
+                "threshold is negative, so not calibrated yet; "
+                "call calibrate_threshold(activations) or set sae.threshold"
+            )
+        return ops.threshold(pre_activations, self.threshold, check_finite=check)
+
+    def _checked(self, name: str, x: Tensor, width: int, width_name: str) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name} is {x.dtype}; expected a floating dtype (integers: use .to({self.dtype}))"
+            )
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; "
+                f"expected [..., {width}], {width_name} of this SAE"
+            )
+        if x.device != self.device:
+            raise ValueError(
+                f"{name} lies on {x.device} but this SAE on {self.device}; "
+                f"use {name}.to({str(self.device)!r}) or sae.to({str(x.device)!r})"
+            )
+        return x.to(self.dtype)
+
+    def _explained(self, error: NonFiniteError, x: Tensor) -> NonFiniteError:
+        """Names x where x is to blame, else the weights."""
+        finite = torch.isfinite(x.detach().to(self.dtype)).all(-1).reshape(-1)
+        if bool(finite.all()):
+            return NonFiniteError(
+                f"{error} (x itself is finite in {self.dtype}: the weights hold NaN or infinities, "
+                "or the products overflow)"
+            )
+        row = int((~finite).to(torch.uint8).argmax())
+        place = ""
+        if x.dim() > 2:
+            index = torch.unravel_index(torch.tensor(row), x.shape[:-1])
+            place = f", at {tuple(int(i) for i in index)} of its leading dimensions"
+        return NonFiniteError(
+            f"x holds a NaN or infinite value in row {row}{place}; "
+            "remove or mask that row before encoding"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for what is no plain attribute; a tied SAE has no parameter of this name.
+        if name == "W_enc" and self._config.tied:
+            return self.W_dec.T
+        return super().__getattr__(name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastSAE:
+        threshold = self.threshold
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        # Module.to(bfloat16) would round the threshold, and move codes.
+        if self.threshold.dtype != threshold.dtype:
+            self.threshold = threshold.to(self.threshold.device)
+        return self
