@@ -145,7 +145,7 @@ def test_truncated_engine_gives_the_same_residuals(checkpoint: Path, engine: Loc
         truncated.residuals(tokens, 2)
     with pytest.raises(ValueError, match="without last_layer"):
         truncated.generate(["a"])
-    with pytest.raises(ValueError, match="not loaded"):
+    with pytest.raises(ValueError, match="without last_layer"):
         truncated.logits(tokens)
 
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from r1sae_fast.cli import examples, features, info, tiny_r1
+from r1sae_fast.cli import examples, features, harvest, info, tiny_r1
 from r1sae_fast.cli.guard import GuardedGroup
 
 COMMANDS = [
+    harvest,
     examples,
     features,
     tiny_r1,

@@ -35,10 +35,10 @@ def resolve_checkpoint(name: Path | str) -> Path:
 def fingerprint(directory: Path) -> str:
     """16 hex digits that tell checkpoints apart without reading all of R1's 641 GiB.
 
-    Hashes config, index, and of every shard its name, size and first and last 64 KiB.
+    Hashes config, tokenizer, index, and of every shard its name, size and first and last 64 KiB.
     """
     digest = hashlib.sha256()
-    for name in ("config.json", INDEX_NAME):
+    for name in ("config.json", INDEX_NAME, "tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         digest.update(path.read_bytes() if path.is_file() else b"")
     for shard in sorted((*directory.glob("model-*.safetensors"), directory / SINGLE_NAME)):
@@ -117,7 +117,8 @@ class LocalEngine:
         tokenizer = self.tokenizer
         return frozenset({self.config.eos_token_id if tokenizer is None else tokenizer.eos_id})
 
-    def _needs_tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ValueError where there is none."""
         if self.tokenizer is None:
             raise ValueError("this engine has no tokenizer; give token ids instead of text")
         return self.tokenizer
@@ -135,13 +136,15 @@ class LocalEngine:
         if isinstance(prompt, str):
             if not prompt:
                 raise ValueError("the prompt is empty")
-            ids = self._needs_tokenizer().apply_chat_template([{"role": "user", "content": prompt}])
+            ids = self.require_tokenizer().apply_chat_template(
+                [{"role": "user", "content": prompt}]
+            )
         elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self._needs_tokenizer().apply_chat_template(prompt)  # type: ignore[arg-type]  # messages
+            ids = self.require_tokenizer().apply_chat_template(prompt)  # type: ignore[arg-type]  # messages
         else:
             ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]  # token ids
         if prefill:
-            ids = ids + self._needs_tokenizer().encode(prefill)
+            ids = ids + self.require_tokenizer().encode(prefill)
         if not ids:
             raise ValueError("the prompt is empty: a sequence needs at least one token")
         self._check_ids(ids)
@@ -215,12 +218,11 @@ class LocalEngine:
             raise ValueError("prompts is a single prompt, expected a list of prompts")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-        if not self.model.has_head:
-            raise ValueError(
-                f"the engine was loaded up to layer {len(self.model.layers) - 1} only, which "
-                "gives residuals but no text; load it without last_layer"
-            )
-        encoded = [self._encode_nth(n, prompt, prefill) for n, prompt in enumerate(prompts)]
+        self.check_head()
+        encoded = [
+            self._encode_nth(number, prompt, prefill)
+            for number, prompt in enumerate(prompts, first_number)
+        ]
         stops = self.default_stop_ids if stop_ids is None else frozenset(stop_ids)
         results = []
         for start in range(0, len(encoded), batch_size):
@@ -326,6 +328,14 @@ class LocalEngine:
                 f"layer {layer} was not loaded (last_layer was {loaded - 1}); load the engine again"
             )
 
+    def check_head(self) -> None:
+        """Raises ValueError if the engine was loaded without the later layers and the head."""
+        if not self.model.has_head:
+            raise ValueError(
+                f"the engine was loaded up to layer {len(self.model.layers) - 1} only, which "
+                "gives residuals but no text; load it without last_layer"
+            )
+
     @torch.no_grad()
     def logits(
         self,
@@ -336,6 +346,7 @@ class LocalEngine:
 
         Arguments and errors as for :meth:`residuals`.
         """
+        self.check_head()
         last = self.config.num_hidden_layers - 1
         residual = self.residuals(token_ids, last, lengths)
         logits: Tensor = self.model.lm_head(self.model.norm(residual))

@@ -1,0 +1,166 @@
+"""``r1sae harvest``: run the model, keep its residual stream as activation shards."""
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from r1sae_fast.harvest import HarvestProgress
+    from r1sae_fast.prompts import Item
+
+
+class Mode(str, Enum):
+    """What is run."""
+
+    generate = "generate"
+    prefill = "prefill"
+
+
+class Stored(str, Enum):
+    """What activations are stored in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8_e4m3 = "float8_e4m3"
+
+
+class Computed(str, Enum):
+    """What the model computes in."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+def harvest(
+    layer: Annotated[
+        int,
+        typer.Option(help="Block whose output is kept, counted from 0 (hook model.layers.N)."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the shards; an earlier run goes on.")],
+    model: Annotated[
+        str, typer.Option(help="A checkpoint folder; tiny-r1 is the shipped model.")
+    ] = "tiny-r1",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts: .txt (one a line) or .jsonl.")
+    ] = None,
+    tiny_problems: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: so many of the problems that TinyR1 can solve."),
+    ] = None,
+    mode: Annotated[
+        Mode,
+        typer.Option(help="Let the model answer the prompts, or only read the given texts."),
+    ] = Mode.generate,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after the sequence that reaches so many tokens.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, a sequence.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the draws.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws (and of the problems).")] = 0,
+    dtype: Annotated[Stored, typer.Option(help="Of the stored activations.")] = Stored.bfloat16,
+    engine_dtype: Annotated[
+        Computed, typer.Option(help="Of the model's arithmetic.")
+    ] = Computed.bfloat16,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="About, a shard.")] = 16384,
+) -> None:
+    """Runs the model over prompts and writes its residual stream to shards.
+
+    Stopped at any moment, it goes on when the same command is given again.
+
+    [dim]r1sae harvest --tiny-problems 2000 --layer 3 --out run/activations[/]
+    """
+    if (prompts is None) == (tiny_problems is None):
+        raise ValueError("give either --prompts FILE or --tiny-problems N")
+
+    import torch
+
+    from r1sae_fast.harvest import harvest as run
+    from r1sae_fast.prompts import read_prompts
+    from r1sae_fast.r1 import LocalEngine
+
+    source: Iterable[Item] = _problems(tiny_problems or 0, seed)
+    if prompts is not None:
+        source = read_prompts(prompts)
+    engine = LocalEngine.from_pretrained(
+        model,
+        dtype=getattr(torch, engine_dtype.value),
+        device=device,
+        last_layer=layer if mode is Mode.prefill else None,
+    )
+    with _Bar(tokens, tiny_problems) as bar:
+        result = run(
+            engine,
+            source,
+            layer,
+            out,
+            mode=mode.value,
+            dtype=dtype.value,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            token_budget=tokens,
+            rows_per_shard=rows_per_shard,
+            progress=bar,
+        )
+    typer.echo(
+        f"{out}: {result.rows:,} rows of {result.sequences:,} sequences, "
+        f"{result.new_rows:,} of them now ({result.rows_per_second:,.0f} rows/s)"
+    )
+
+
+def _problems(count: int, seed: int) -> "Iterable[Item]":
+    from itertools import islice
+
+    from r1sae_fast.tiny_r1.problems import problems
+
+    return (problem.prompt for problem in islice(problems(seed, held_out=False), count))
+
+
+class _Bar:
+    """A progress bar on stderr: towards the budget of tokens, or else the number of prompts."""
+
+    def __init__(self, tokens: int | None, prompts: int | None) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._by_rows = tokens is not None
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("harvest"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=tokens or prompts, state="loading")
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, now: "HarvestProgress") -> None:
+        self._progress.update(
+            self._task,
+            completed=now.rows if self._by_rows else now.sequences,
+            state=f"{now.rows:,} tokens  {now.sequences:,} sequences  "
+            f"{now.rows_per_second:,.0f} tokens/s",
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the root app."""
+    app.command("harvest", rich_help_panel="The chain")(harvest)

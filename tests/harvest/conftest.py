@@ -1,0 +1,56 @@
+"""A small random checkpoint with TinyR1's tokenizer, and a reader of everything in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1sae_fast.r1 import LocalEngine, R1Config, R1Model, write_checkpoint
+from r1sae_fast.r1.config import YarnScaling
+from r1sae_fast.tiny_r1 import vocabulary
+
+torch.set_num_threads(1)
+
+CONFIG = R1Config(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    max_position_embeddings=160,
+    rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=64),
+)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in R1's layout; do not write into it."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    generator = torch.Generator().manual_seed(0)
+    model = R1Model(CONFIG).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+    write_checkpoint(directory, CONFIG, model.state_dict())
+    vocabulary.write(directory)
+    return directory
+
+
+@pytest.fixture
+def engine(checkpoint: Path) -> LocalEngine:
+    """The checkpoint in bfloat16."""
+    return LocalEngine.from_pretrained(checkpoint)
