@@ -197,7 +197,7 @@ def _dump(value: dict[str, Any]) -> str:
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ShardError(
             f"{path}: line {number} is not JSON ({error}); restore the manifest from a copy"
         ) from None

@@ -1,0 +1,124 @@
+"""Writers killed at random moments: after resuming, no row is lost and none is there twice."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from r1sae_fast.shards import ActivationShards, CodeShards, ManifestWarning
+
+ROWS, WIDTH, PER_SHARD = 3000, 16, 40
+KILLS = 25
+
+# Imports once, then forks a writer for each line that it reads (imports would take most of the
+# time), waits until it opened the folder, kills it after the given seconds, and says its end.
+PROGRAM = """
+import os, signal, sys, time
+import torch
+from r1sae_fast import SparseCodes
+from r1sae_fast.shards import ActivationWriter, CodeWriter
+
+rows, width, per_shard = (int(argument) for argument in sys.argv[1:4])
+
+def write(kind, folder, began):
+    options = {"rows_per_shard": per_shard, "resume": True}
+    if kind == "codes":
+        writer = CodeWriter(folder, width, **options)
+    else:
+        writer = ActivationWriter(folder, width, "float32", **options)
+    with writer:
+        os.write(began, b"!")
+        while writer.rows + writer.pending < rows:
+            start = writer.rows + writer.pending
+            row = torch.arange(start, min(start + 17, rows))
+            x = (row[:, None] % (torch.arange(width) + 2)).float()
+            data = SparseCodes.from_dense(x) if kind == "codes" else x
+            writer.write(data, tokens=row, sequence_id=row // 9, position=row % 9, segment=1)
+
+for line in sys.stdin:
+    kind, folder, seconds = line.split()
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        write(kind, folder, write_end)
+        os._exit(0)
+    os.close(write_end)
+    os.read(read_end, 1)
+    os.close(read_end)
+    if seconds != "never":
+        time.sleep(float(seconds))
+        os.kill(pid, signal.SIGKILL)  # not yet waited for, so the number is still its own
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def server() -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-c", PROGRAM, str(ROWS), str(WIDTH), str(PER_SHARD)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def run(server: "subprocess.Popen[str]", kind: str, folder: Path, seconds: float | str) -> bool:
+    """Starts a writer and kills it ``seconds`` after it began. Whether it came to its end."""
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(f"{kind} {folder} {seconds}\n")
+    server.stdin.flush()
+    status = int(server.stdout.readline())
+    assert status in (0, signal.SIGKILL)
+    return status == 0
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """In memory where possible: the disk's share of the time tells nothing here."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+@pytest.mark.parametrize("kind", ["activations", "codes"])
+def test_killed_at_random_moments(place: Path, server: "subprocess.Popen[str]", kind: str) -> None:
+    folder, undisturbed = place / "killed", place / "undisturbed"
+    assert run(server, kind, undisturbed, "never")
+    reader = ActivationShards if kind == "activations" else CodeShards
+    draw = random.Random(7)
+    kills = 0
+    finished = 0
+    while kills < KILLS:
+        if run(server, kind, folder, draw.uniform(0, 0.012)):
+            break
+        kills += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ManifestWarning)  # a line may be cut in half
+            shards = reader(folder)
+        assert len(shards) >= finished  # what was finished stays
+        finished = len(shards)
+        assert finished % PER_SHARD == 0
+        assert shards[:].tokens.tolist() == list(range(finished))
+    else:
+        assert run(server, kind, folder, "never")
+    assert kills >= 5, "too quick to be killed: raise ROWS"
+    shards = reader(folder)
+    shards.verify()
+    assert shards[:].tokens.tolist() == list(range(ROWS))
+    for name in ["manifest.jsonl", *(path.name for path in reader(undisturbed).paths)]:
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in undisturbed.iterdir()
+    )
