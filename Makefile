@@ -71,7 +71,7 @@ lint-rust: $(INSTALLED)
 	  { echo "missing: rustfmt or clippy; get them with: rustup component add rustfmt clippy" >&2; exit 1; }
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --locked -p r1sae-core
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items --locked -p r1sae-core
 	@if rustup target list --installed 2>/dev/null | grep -qx $(ARM); then \
 	  set -x; cargo check --quiet --locked --target $(ARM) -p r1sae-core; \
 	else \
@@ -90,7 +90,8 @@ format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
 
 .PHONY: bench
 bench: $(INSTALLED) ## Time each operation against its reference (ARGS="-k select" picks some)
-	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only -q $(ARGS)
+	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only -q \
+	  --benchmark-columns=min,median,rounds --benchmark-sort=median $(ARGS)
 
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/

@@ -56,6 +56,6 @@ def test_version() -> None:
 def test_info_names_what_a_bug_report_needs() -> None:
     result = runner.invoke(app, ["info"])
     assert result.exit_code == 0
-    for name in ("r1sae-fast", "core", "cpu", "python", "torch", "duckdb"):
+    for name in ("r1sae-fast", "core", "cpu", "simd", "python", "torch", "duckdb"):
         assert f"{name} " in result.stdout
     assert "not installed" not in result.stdout

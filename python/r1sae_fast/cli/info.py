@@ -30,11 +30,24 @@ def facts() -> list[tuple[str, str]]:
         ("r1sae-fast", _core.__version__),
         ("core", "debug build (slow)" if _core.DEBUG_BUILD else "release build"),
         ("cpu", f"{platform.machine()}, {os.cpu_count()} logical cores"),
+        ("simd", _simd()),
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("system", platform.platform()),
         *_torch_facts(),
         *((name, _version(name)) for name in PACKAGES),
     ]
+
+
+def _simd() -> str:
+    """The level in use, and the others this CPU has."""
+    from r1sae_fast import _core
+
+    try:
+        active, available = _core.simd_info()
+    except ValueError as error:  # R1SAE_SIMD names a level that is not there
+        return str(error)
+    others = [level for level in available if level != active]
+    return f"{active} in use" + (f" (also here: {', '.join(others)})" if others else "")
 
 
 def _torch_facts() -> list[tuple[str, str]]:
