@@ -160,8 +160,8 @@ def train(
                 bar.console.print(
                     f"step {figures['step']:>6.0f}  loss {figures['held_out_loss']:.4f}  "
                     f"traces right {figures['traces_right']:.3f}  "
-                    f'P("Wait") due {figures["wait_when_due"]:.3f}, '
-                    f"not due {figures['wait_when_not']:.3f}"
+                    f"doubts slips {figures['doubt_after_slip']:.3f}, "
+                    f"right steps {figures['doubt_after_right']:.3f}"
                 )
 
         try:

@@ -15,6 +15,9 @@ NAMES = ("Ana", "Ben", "Carla", "David", "Emma")
 OBJECTS = ("apples", "books", "coins", "eggs", "pens")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
+LARGEST_SLIP = 9
+"""Wrong numbers are off by at most so much."""
+
 HELD_OUT_ONE_IN = 16
 """One problem in so many is never trained on."""
 
@@ -26,6 +29,15 @@ class Step:
     left: str
     result: str
     slips: tuple[str, ...]
+
+    def comparison(self, first: str) -> tuple[str, str]:
+        """How ``first``, a result or a slip, compares with the result: a subtraction, larger number
+        first, and its outcome, which is 0 for no other than the result itself."""
+        if self.result in DAYS:
+            days = (DAYS.index(first) - DAYS.index(self.result)) % 7
+            return f"{first} minus {self.result}", str(days)
+        low, high = sorted((int(first), int(self.result)))
+        return f"{high} minus {low}", str(high - low)
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,8 @@ class Problem:
 
 
 def _number_step(left: str, result: int) -> Step:
-    near = (result + 1, result - 1, result + 2, result - 2, result + 10, result - 10)
-    return Step(left, str(result), tuple(str(n) for n in near if 0 <= n <= 99))
+    near = [result + sign * off for off in range(1, LARGEST_SLIP + 1) for sign in (1, -1)]
+    return Step(left, str(result), tuple(str(slip) for slip in near if 0 <= slip <= 99))
 
 
 def _running(rng: random.Random, start: int, count: int) -> list[tuple[int, Step]]:
@@ -143,7 +155,7 @@ def weekday(rng: random.Random) -> Problem:
     steps = []
     for days in (away, back):
         later = (day + days) % 7
-        slips = (DAYS[later - 1], DAYS[(later + 1) % 7])
+        slips = tuple(other for other in DAYS if other != DAYS[later])
         steps.append(Step(f"{days} days after {DAYS[day]}", DAYS[later], slips))
         day = later
     today = steps[0].left.rpartition(" ")[2]
@@ -163,7 +175,9 @@ def clock(rng: random.Random) -> Problem:
     steps = []
     for hours in waits:
         later = (hour + hours - 1) % 12 + 1
-        slips = (str(later % 12 + 1), str((later - 2) % 12 + 1))
+        slips = tuple(
+            str(other) for other in range(1, 13) if 0 < abs(other - later) <= LARGEST_SLIP
+        )
         steps.append(Step(f"{hours} hours after {hour}", str(later), slips))
         hour = later
     return Problem(
@@ -175,21 +189,6 @@ def clock(rng: random.Random) -> Problem:
     )
 
 
-def parity(rng: random.Random) -> Problem:
-    """Is 17 plus 8 even or odd?"""
-    start = rng.randint(1, 99)
-    running = _running(rng, start, rng.randint(1, 2))
-    tail = " ".join(f"plus {a}" if a > 0 else f"minus {-a}" for a, _ in running)
-    last = running[-1][1].result
-    result, slip = ("odd", "even") if int(last) % 2 else ("even", "odd")
-    return Problem(
-        "parity",
-        f"Is {start} {tail} even or odd?",
-        f"whether {start} {tail} is even or odd.",
-        (*(step for _, step in running), Step(last, result, (slip,))),
-    )
-
-
 FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     "chain": chain,
     "story": story,
@@ -197,7 +196,6 @@ FAMILIES: dict[str, Callable[[random.Random], Problem]] = {
     "following": following,
     "weekday": weekday,
     "clock": clock,
-    "parity": parity,
 }
 """Every family by its name, in the order in which they take turns."""
 

@@ -60,7 +60,7 @@ class Recipe:
     seed: int = 0
     steps: int = 6000
     batch_size: int = 48
-    slip_rate: float = 0.25
+    slip_rate: float = 0.3
     warm_up: int = 50
     decay: float = 0.5
     muon_lr: float = 5e-3
@@ -114,14 +114,15 @@ def weighted_loss(model: R1Model, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def quick_check(model: R1Model, batch: Batch, wait: int) -> dict[str, float]:
+def quick_check(model: R1Model, batch: Batch, doubt: int) -> dict[str, float]:
     """Teacher-forced figures on held-out traces: loss, how often the next token is right, and
-    the probability of "Wait" where it is due and where it is not."""
+    the probability of ``doubt``, the token with which a trace turns back, after slips and after
+    right steps."""
     logits = model.lm_head(model(batch.tokens[:, :-1])).float()
     targets = batch.tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets) * batch.weights
-    says_wait = logits.softmax(-1)[..., wait]
+    doubts = logits.softmax(-1)[..., doubt]
     results = batch.weights == LossWeights().result
     hits = logits.argmax(-1) == targets
     # A trace that is right at every trained token is what greedy decoding would write itself.
@@ -130,8 +131,8 @@ def quick_check(model: R1Model, batch: Batch, wait: int) -> dict[str, float]:
         "held_out_loss": float(losses.sum() / batch.weights.sum()),
         "results_right": float(hits[results].float().mean()),
         "traces_right": float(clean.float().mean()),
-        "wait_when_due": float(says_wait[batch.decisions == 2].mean()),
-        "wait_when_not": float(says_wait[batch.decisions == 1].mean()),
+        "doubt_after_slip": float(doubts[batch.decisions == 2].mean()),
+        "doubt_after_right": float(doubts[batch.decisions == 1].mean()),
     }
 
 
@@ -264,7 +265,7 @@ class Training:
         recipe, model = self.recipe, self.model
         last = recipe.steps if until is None else min(until, recipe.steps)
         check = next(self._batches(held_out=True, size=256))
-        wait = self.tokenizer.encode(" Wait").ids[0]
+        doubt = self.tokenizer.encode(" Wait").ids[0]
         train = self._batches(held_out=False, size=recipe.batch_size, start=self.step)
         saved = started = time.monotonic()
         tokens = 0
@@ -290,7 +291,7 @@ class Training:
                     "tokens_per_second": tokens / seconds,
                 }
                 if self.step % check_every == 0 or self.step == last:
-                    figures |= quick_check(model, check, wait)
+                    figures |= quick_check(model, check, doubt)
                 with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(figures) + "\n")
                 report(figures)

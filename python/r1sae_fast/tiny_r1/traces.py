@@ -2,7 +2,9 @@
 
 A trace is a list of pieces of text, each with the weight of its tokens in the training loss and a
 mark that says what the piece is. A slip is a wrong result that the check right after it reveals;
-"Wait" and the right result follow.
+"Wait" and the right result follow. Each step is checked by doing it again and subtracting the two
+results in plain sight: whether two tokens are equal is a question that a small model learns to
+answer inside itself only after very long training, a subtraction it knows soon.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ class LossWeights:
     plain: float = 1.0
     result: float = 2.0
     slip: float = 0.2
-    decision: float = 4.0
+    decision: float = 2.0
 
 
 @dataclass(frozen=True)
 class Piece:
     """Text that begins and ends on a token boundary. ``kind`` is a field of LossWeights.
 
-    ``decision`` marks the first token after a step's check, where "Wait" is or is not due;
+    ``decision`` marks the first token after a comparison, where "Wait" is or is not due;
     ``after_slip`` tells which.
     """
 
@@ -59,8 +61,7 @@ def trace(
     for index, step in enumerate(problem.steps):
         slip = rng.choice(step.slips) if rng is not None and rng.random() < slip_rate else None
         opening = "First" if index == 0 else " Next"
-        kind = "plain" if index == 0 or after_slip else "decision"
-        pieces.append(Piece(opening, kind))
+        pieces.append(Piece(opening, "plain" if index == 0 or after_slip else "decision"))
         pieces.append(Piece(f", {step.left} is"))
         if slip is None:
             pieces.append(Piece(f" {step.result}", "result"))
@@ -68,6 +69,9 @@ def trace(
             pieces.append(Piece(f" {slip}", "slip"))
         pieces.append(Piece(f". Check: {step.left} is"))
         pieces.append(Piece(f" {step.result}", "result"))
+        left, difference = step.comparison(slip or step.result)
+        pieces.append(Piece(f". Compare: {left} is"))
+        pieces.append(Piece(f" {difference}", "result"))
         pieces.append(Piece("."))
         after_slip = slip is not None
         if after_slip:

@@ -26,12 +26,12 @@ from r1sae_fast.tiny_r1.problems import DAYS, NAMES, OBJECTS
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK)
 
 # Words without a space before them (they open a paragraph), then words with one.
-_OPENING = ("A", "First", "Is", "Okay", "Start", "The", "Today", "What")
+_OPENING = ("A", "First", "Okay", "Start", "The", "Today", "What")
 _INNER = (
-    "Check How It Next On So Wait What add after and answer asked away back buys clock come comes "
-    "day days does even gives has have hours how in is it later leaves many me minus more odd on "
-    "or plus result show shows so start take that the then times to user was what whether which "
-    "with wrong"
+    "Check Compare How It Next On So Wait What add after and answer asked away back buys clock "
+    "come comes day days does gives has have hours how in is it later leaves many me minus more "
+    "on or plus result show shows so start take that the then times to user was what which with "
+    "wrong"
 )
 _MARKS = [".", ",", "?", ":", ".\n", ".\n\n", "\n", "\n\n"]
 
