@@ -14,6 +14,7 @@ from r1sae_fast.r1.cache import LatentCache
 from r1sae_fast.r1.checkpoint import load_model, write_checkpoint
 from r1sae_fast.r1.config import R1Config, YarnScaling
 from r1sae_fast.r1.model import R1Model
+from r1sae_fast.r1.rope import rotary_table, rotate
 
 MakeModel = Callable[..., R1Model]
 TOLERANCE = 1e-4
@@ -177,3 +178,20 @@ def test_bf16_is_as_near_as_transformers_own_bf16(make_model: MakeModel) -> None
 def test_config_round_trip() -> None:
     config = R1Config()
     assert R1Config.from_dict(config.to_dict()) == config
+
+
+def test_rotation_for_compilers_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gets real arithmetic, all others a complex product."""
+    config = R1Config()
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(2, 30, 5, 64, generator=generator)[..., 1:4, :]
+    table = rotary_table(config, torch.arange(4000, 4030)[None])[:, :, None]
+    fast = rotate(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(rotate(x, table), fast, rtol=1e-6, atol=1e-6)
+    assert fast.shape == x.shape
+    # A rotation keeps lengths, and position 0 turns nothing.
+    pairs = x.view(2, 30, 3, 32, 2).norm(dim=-1)
+    torch.testing.assert_close(fast.view(2, 30, 3, 32, 2).norm(dim=-1), pairs)
+    origin = rotary_table(config, torch.zeros(1, 1, dtype=torch.int64))
+    assert torch.equal(rotate(x, origin), x)

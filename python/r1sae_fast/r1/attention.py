@@ -10,11 +10,14 @@ cache leave them as they are and move the expansion to the query and the output 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1sae_fast.r1.config import R1Config
+from r1sae_fast.r1.linear import Linear
 from r1sae_fast.r1.norm import RMSNorm
 from r1sae_fast.r1.rope import attention_scale, rotate
 
@@ -22,22 +25,28 @@ from r1sae_fast.r1.rope import attention_scale, rotate
 class LatentAttention(nn.Module):
     """Causal self-attention of one block, with R1's parameter names."""
 
-    def __init__(self, config: R1Config) -> None:
+    def __init__(
+        self,
+        config: R1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        where: Any = {"device": device, "dtype": dtype}
         heads = config.num_attention_heads
         width = config.hidden_size
-        self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=False)
-        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-        self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(
-            width, config.kv_lora_rank + config.qk_rope_head_dim, bias=False
+        self.q_a_proj = Linear(width, config.q_lora_rank, **where)
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps, **where)
+        self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, **where)
+        self.kv_a_proj_with_mqa = Linear(
+            width, config.kv_lora_rank + config.qk_rope_head_dim, **where
         )
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(
-            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps, **where)
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), **where
         )
-        self.o_proj = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.o_proj = Linear(heads * config.v_head_dim, width, **where)
         self.scale = attention_scale(config)
 
     def _queries(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +77,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x: [batch, seq, hidden], normalised.
-            rotary: of the positions, [batch or 1, seq, rope_dim / 2].
+            rotary: of the positions, [batch or 1, seq, rope_dim / 2, 2].
             bias: None for plain causal attention; else added to the scores in its stead,
                 broadcast to [batch, heads, seq, seq], -inf hiding a key.
             cache: if given, one layer's rows of a :class:`LatentCache`, whose first ``seq`` slots
@@ -107,7 +116,7 @@ class LatentAttention(nn.Module):
 
         Args:
             x: [batch, new, hidden], normalised.
-            rotary: of their positions, [batch, new, rope_dim / 2].
+            rotary: of their positions, [batch, new, rope_dim / 2, 2].
             cache: one layer's rows, [batch, capacity, latent width]; the new tokens' are added.
             slots: where they go: sequence and slot, each int64 [batch, new].
             bias: [batch, new, 1, length], -inf hiding a slot; ``length`` slots are looked at.

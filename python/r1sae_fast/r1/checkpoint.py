@@ -178,12 +178,8 @@ def load_model(
     """
     with CheckpointReader(directory) as reader:
         config = R1Config.from_dict(reader.config)
-        with torch.device("meta"):
-            model = R1Model(config, last_layer=last_layer)
-        model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.data = buffer.data.float()
+        model = R1Model(config, last_layer=last_layer, device=device, dtype=dtype)
+        model.requires_grad_(False).eval()
         state = model.state_dict()
         with torch.no_grad():
             for spec in model_specs(config, last_layer):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from r1sae_fast.r1.attention import LatentAttention
 from r1sae_fast.r1.cache import LatentCache
 from r1sae_fast.r1.config import R1Config
+from r1sae_fast.r1.linear import Embedding, Linear
 from r1sae_fast.r1.moe import MLP, MoE
 from r1sae_fast.r1.norm import RMSNorm
 from r1sae_fast.r1.rope import rotary_table
@@ -16,14 +17,22 @@ from r1sae_fast.r1.rope import rotary_table
 class Block(nn.Module):
     """One layer: attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: R1Config, index: int) -> None:
+    def __init__(
+        self,
+        config: R1Config,
+        index: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = index < config.first_k_dense_replace
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(width, eps, device, dtype)
+        self.self_attn = LatentAttention(config, device, dtype)
+        self.post_attention_layernorm = RMSNorm(width, eps, device, dtype)
         self.mlp: MLP | MoE = (
-            MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+            MLP(width, config.intermediate_size, device, dtype)
+            if index < config.first_k_dense_replace
+            else MoE(config, device, dtype)
         )
 
     def forward(
@@ -60,12 +69,21 @@ def causal_bias(seq: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 class R1Model(nn.Module):
     """The whole model, with R1's module names (minus the ``model.`` prefix of its tensors)."""
 
-    def __init__(self, config: R1Config, *, last_layer: int | None = None) -> None:
-        """Builds the modules.
+    def __init__(
+        self,
+        config: R1Config,
+        *,
+        last_layer: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Builds the modules; their weights are yet to be filled.
 
         Args:
             config: the shape.
             last_layer: build only the embedding and blocks 0 to this one, no norm and no head.
+            device: of all parameters.
+            dtype: of all parameters; the routers' correction biases are always float32.
 
         Raises:
             ValueError: no such layer.
@@ -79,11 +97,12 @@ class R1Model(nn.Module):
                     f"layer {last_layer} does not exist: the model has 0 to {count - 1}"
                 )
             count = last_layer + 1
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(count))
+        vocabulary, width = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(vocabulary, width, device=device, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, index, device, dtype) for index in range(count))
         if last_layer is None:
-            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.norm = RMSNorm(width, config.rms_norm_eps, device, dtype)
+            self.lm_head = Linear(width, vocabulary, device, dtype)
 
     @property
     def has_head(self) -> bool:

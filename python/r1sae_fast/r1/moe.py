@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1sae_fast.r1.config import R1Config
+from r1sae_fast.r1.linear import Linear
 
 # Up to these, running every expert on every token costs less than sorting the tokens.
 _FEW_TOKENS = 64
@@ -21,11 +22,17 @@ _FEW_EXPERTS = 4  # times the experts of a token
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, width: int, intermediate: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        intermediate: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, intermediate, bias=False)
-        self.up_proj = nn.Linear(width, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, width, bias=False)
+        self.gate_proj = Linear(width, intermediate, device, dtype)
+        self.up_proj = Linear(width, intermediate, device, dtype)
+        self.down_proj = Linear(intermediate, width, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., width]."""
@@ -35,11 +42,21 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Chooses each token's experts and their weights."""
 
-    def __init__(self, config: R1Config) -> None:
+    def __init__(
+        self,
+        config: R1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        experts = config.n_routed_experts
+        self.weight = nn.Parameter(
+            torch.empty(experts, config.hidden_size, device=device, dtype=dtype)
+        )
+        # Float32 in every checkpoint and every dtype of the rest, as in R1.
+        bias = torch.zeros(experts, device=device, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
         self.e_score_correction_bias: Tensor
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,11 +83,19 @@ class Experts(nn.Module):
     down [experts, hidden, inter]. A checkpoint's per-expert tensors are slices of these.
     """
 
-    def __init__(self, config: R1Config) -> None:
+    def __init__(
+        self,
+        config: R1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         count, inter = config.n_routed_experts, config.moe_intermediate_size
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * inter, config.hidden_size))
-        self.down = nn.Parameter(torch.empty(count, config.hidden_size, inter))
+        width = config.hidden_size
+        self.gate_up = nn.Parameter(
+            torch.empty(count, 2 * inter, width, device=device, dtype=dtype)
+        )
+        self.down = nn.Parameter(torch.empty(count, width, inter, device=device, dtype=dtype))
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sums each token's experts: x [tokens, hidden], experts and weights [tokens, k]."""
@@ -108,13 +133,17 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus the shared expert that sees every token."""
 
-    def __init__(self, config: R1Config) -> None:
+    def __init__(
+        self,
+        config: R1Config,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.gate = Router(config)
-        self.experts = Experts(config)
-        self.shared_experts = MLP(
-            config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
-        )
+        self.gate = Router(config, device, dtype)
+        self.experts = Experts(config, device, dtype)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, shared, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""

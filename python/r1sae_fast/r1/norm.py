@@ -9,9 +9,15 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        eps: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(width, device=device, dtype=dtype))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

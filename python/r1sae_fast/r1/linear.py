@@ -1,0 +1,33 @@
+"""Linear layers and embeddings whose weights wait to be filled.
+
+A checkpoint or a training recipe fills every weight, so drawing torch's initial values first
+would be wasted: for R1, minutes of random numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` without bias and without initial values."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(inputs, outputs, bias=False, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight as it is."""
+
+
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` without initial values."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weight as it is."""
