@@ -71,7 +71,8 @@ lint-rust: $(INSTALLED)
 	  { echo "missing: rustfmt or clippy; get them with: rustup component add rustfmt clippy" >&2; exit 1; }
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --no-deps --document-private-items --locked -p r1sae-core
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" \
+	  cargo doc --quiet --no-deps --locked -p r1sae-core
 	@if rustup target list --installed 2>/dev/null | grep -qx $(ARM); then \
 	  set -x; cargo check --quiet --locked --target $(ARM) -p r1sae-core; \
 	else \
