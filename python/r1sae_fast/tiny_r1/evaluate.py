@@ -1,8 +1,8 @@
 """What TinyR1 can do, measured on problems that no training run has seen.
 
 The "Wait" figures need no taste: a trace is cut right after the result of one of its steps, once
-with the right result and once with a plausible wrong one. The model then writes its own check,
-greedily, and the probability of "Wait" is read at the token after that check.
+with the right result and once with a plausible wrong one. The model then writes its own check and
+comparison, greedily, and the probability of "Wait" is read at the token after these.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Evaluation:
     well_formed: float
     """Outputs that think, close the thinking once, answer, and stop."""
     wait_after_wrong: float
-    """Mean P("Wait") after the check of a planted wrong step."""
+    """Mean P("Wait") after the model's check of a planted wrong step."""
     wait_after_right: float
-    """Mean P("Wait") after the check of the same step done right."""
+    """Mean P("Wait") after the model's check of the same step done right."""
     wait_auroc: float
     """Probability that a wrong step gets more P("Wait") than a right one; 0.5 is chance."""
     recovered: float
@@ -97,12 +97,12 @@ def cut_trace(problem: Problem, rng: random.Random, *, slip: bool) -> str:
     results = 0
     for piece in trace(problem):
         if piece.kind == "result":
-            # Each step has two: its own result, then its check's.
-            if results == 2 * chosen:
+            # Each step has three: its own, its check's and the comparison's.
+            if results == 3 * chosen:
                 return text + (f" {wrong}" if slip else piece.text) + "."
             results += 1
         text += piece.text
-    raise AssertionError("a trace has two results a step")
+    raise AssertionError("a trace has three results a step")
 
 
 def _complete(
@@ -111,7 +111,6 @@ def _complete(
     prefixes: list[str],
     progress: Callable[[int, int, str], None],
     what: str,
-    stop_ids: frozenset[int] | None = None,
 ) -> list[Generation]:
     """Goes on greedily from each problem's prompt and the beginning of its trace."""
     starts = [
@@ -124,7 +123,6 @@ def _complete(
             starts[first : first + _BATCH],
             max_new_tokens=_MAX_NEW_TOKENS,
             greedy=True,
-            stop_ids=stop_ids,
         )
         progress(len(results), len(starts), what)
     return results
@@ -138,23 +136,32 @@ def _tokenizer(engine: LocalEngine) -> Tokenizer:
 
 def _wait_probability(
     engine: LocalEngine,
-    chosen: list[Problem],
-    prefixes: list[str],
+    written: list[Generation],
     progress: Callable[[int, int, str], None],
 ) -> list[float]:
-    """P("Wait") right after the check that the model writes to each cut trace."""
+    """P("Wait") right after the first comparison that the model wrote to each cut trace; 0 where
+    it wrote none."""
     tokenizer = _tokenizer(engine)
-    period, wait = tokenizer.encode(".")[0], tokenizer.encode(" Wait")[0]
-    stop_ids = engine.default_stop_ids | {period}
-    checked = _complete(engine, chosen, prefixes, progress, "checking", stop_ids)
+    period, wait, compare = (tokenizer.encode(text)[0] for text in (".", " Wait", " Compare"))
     found: list[float] = []
-    for first in range(0, len(checked), _BATCH):
-        batch = [generation.tokens for generation in checked[first : first + _BATCH]]
-        lengths = [len(tokens) for tokens in batch]
-        padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in batch]
-        logits = engine.logits(padded, lengths=lengths)
-        last = logits[range(len(batch)), [length - 1 for length in lengths]]
-        found += last.softmax(-1)[:, wait].tolist()
+    for first in range(0, len(written), _BATCH):
+        cut = []
+        for generation in written[first : first + _BATCH]:
+            tokens, start = generation.tokens, generation.prompt_length
+            ends = [
+                place + 1
+                for place in range(start, len(tokens))
+                if tokens[place] == period and compare in tokens[start:place]
+            ]
+            cut.append(tokens[: ends[0]] if ends else [])
+        lengths = [len(tokens) for tokens in cut]
+        padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in cut]
+        logits = engine.logits(padded, lengths=lengths).softmax(-1)[..., wait]
+        found += [
+            float(row[length - 1]) if length else 0.0
+            for row, length in zip(logits, lengths, strict=True)
+        ]
+        progress(len(found), len(written), "reading P(Wait)")
     return found
 
 
@@ -181,18 +188,18 @@ def evaluate(
     for problem, answer in zip(chosen, answers, strict=True):
         right[problem.family].append(_answers(problem, answer))
         formed += is_well_formed(answer.text, answer.finish_reason)
-    waits = {}
-    wrong_prefixes: list[str] = []
+    waits: dict[bool, list[float]] = {}
+    repaired = 0
     for slip in (False, True):
         prefixes = [
             cut_trace(problem, random.Random(f"{seed}/{index}"), slip=slip)
             for index, problem in enumerate(chosen)
         ]
-        waits[slip] = _wait_probability(engine, chosen, prefixes, progress)
+        what = "going on after a wrong step" if slip else "going on after a right step"
+        written = _complete(engine, chosen, prefixes, progress, what)
+        waits[slip] = _wait_probability(engine, written, progress)
         if slip:
-            wrong_prefixes = prefixes
-    recovered = _complete(engine, chosen, wrong_prefixes, progress, "recovering")
-    repaired = sum(map(_answers, chosen, recovered))
+            repaired = sum(map(_answers, chosen, written))
     return Evaluation(
         model=model,
         problems=count,
