@@ -94,6 +94,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; expected a .pt file of the release")
+    # What the system has against the file is its own error; from here on its content is to blame.
+    path.open("rb").close()
     try:
         state = _load(path)
     except pickle.UnpicklingError as error:
@@ -102,7 +104,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             "all, and nothing in it was executed; expected Goodfire's .pt with W, b_enc and b_dec "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Damaged pickles raise nearly anything.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} can't be read as a torch file ({reason}); it may be truncated, or of "
