@@ -6,6 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def temporary_name(path: Path) -> Path:
+    """Where :func:`replacing` has ``path`` written."""
+    return path.with_name(path.name + ".tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to; on success it becomes ``path``, else it is removed.
@@ -13,7 +18,7 @@ def replacing(path: Path) -> Iterator[Path]:
     A process killed half-way leaves ``path`` as it was (and ``<path>.tmp``, which the next try
     overwrites).
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
         sync(temporary)

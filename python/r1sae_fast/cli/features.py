@@ -87,6 +87,7 @@ def search(
     """Find features by label, and by the tokens on which they fire."""
     from rich.text import Text
 
+    from r1sae_fast.features.labels import VERBS
     from r1sae_fast.features.show import label_text
     from r1sae_fast.features.text import visible
 
@@ -95,14 +96,14 @@ def search(
     if as_json:
         _print_json([hit.to_dict() for hit in hits])
         return
-    table = _table("feature", "active on", "found by", numbers=2)
+    table = _table("feature", "active on", "label", "found by", numbers=2)
     for hit in hits:
-        if hit.label is not None:
-            what = label_text(hit.label, hit.model_name)
-        else:
-            what = Text(f'token "{visible(hit.token or "")}", {hit.score:.0%} of its activations')
+        found_by = "label"
+        if hit.token is not None and hit.token_offset is not None:
+            found_by = f'{VERBS[hit.token_offset]} "{visible(hit.token)}"'
+        label = Text() if hit.label is None else label_text(hit.label, hit.model_name)
         count = "" if hit.count is None else f"{hit.count:,}"
-        table.add_row(str(hit.feature_id), count, what)
+        table.add_row(str(hit.feature_id), count, label, Text(found_by))
     _print(table if len(hits) else "no feature found; labels and tokens were searched")
 
 

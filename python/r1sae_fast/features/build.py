@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from r1sae_fast.atomic import replacing
+from r1sae_fast.atomic import replacing, temporary_name
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
 from r1sae_fast.features.labels import add_labels
@@ -56,7 +56,7 @@ def build(
             builder.load_activations(advance)
         builder.load_examples()
         builder.load_features()
-        add_labels(connection, len(codes))
+        add_labels(connection, len(codes), codes.d_sae)
         builder.load_meta(metadata)
         connection.execute("CHECKPOINT")
 
@@ -65,8 +65,8 @@ def build(
 def _new_database(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to an empty database, which takes the place of ``path`` on success."""
     spill = path.with_name(path.name + ".spill.tmp")
+    _clear(temporary_name(path))
     with replacing(path) as temporary:
-        _clear(temporary)
         config: dict[str, Any] = {
             "temp_directory": str(spill),
             "autoinstall_known_extensions": False,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -140,7 +142,7 @@ class FeatureDB:
         Raises:
             ValueError: no such feature.
         """
-        self._require_feature(feature)
+        feature = self._known(feature)
         labels = self._labels(feature)
         names = list(SEGMENTS.values())
         if "features" not in self._columns:
@@ -201,7 +203,7 @@ class FeatureDB:
         Raises:
             ValueError: no such feature, or a negative number.
         """
-        self._require_feature(feature)
+        feature = self._known(feature)
         for name, number, least in (
             ("n", n, 0),
             ("window", window, 0),
@@ -236,10 +238,10 @@ class FeatureDB:
         )
 
     def search(self, text: str, n: int = 20) -> SearchHits:
-        """Features whose label holds ``text``, or that fire on tokens which hold it.
+        """Features whose label holds ``text``, or that fire on (or beside) tokens which hold it.
 
-        Case does not matter. Tokens are those of the table ``token_lift``, that is the ten that
-        tell most about each feature; a file without it is searched by label alone.
+        Case does not matter. Tokens are those of the table ``token_lift``, the ten that tell most
+        about each feature; a file without it is searched by label alone.
 
         Raises:
             ValueError: empty text.
@@ -255,18 +257,15 @@ class FeatureDB:
             ValueError: a mistake in the query, or one that would change the database or reach for
                 other files.
         """
-        cursor = self._connection.cursor()
-        try:
-            relation = cursor.sql(query, params=list(parameters or []))
-            if relation is None:
-                raise ValueError("the query gives no rows; expected one that reads (SELECT ...)")
-            table: pa.Table = relation.to_arrow_table()
-        except duckdb.Error as error:
-            raise ValueError(f"SQL: {error}") from None
-        else:
-            return table
-        finally:
-            cursor.close()
+        with self._cursor() as cursor:
+            try:
+                relation = cursor.sql(query, params=list(parameters or []))
+                table: pa.Table | None = None if relation is None else relation.to_arrow_table()
+            except duckdb.Error as error:
+                raise ValueError(f"SQL: {error}") from None
+        if table is None:
+            raise ValueError("SQL: the query gives no rows; expected one that reads (SELECT ...)")
+        return table
 
     def show(self, feature: int, n: int = 5, window: int = 10) -> RenderableType:
         """A picture of a feature for ``rich.print``: statistics, labels, highlighted contexts.
@@ -289,11 +288,8 @@ class FeatureDB:
         from r1sae_fast.features.export import export
 
         tables = [table for table in TABLES if table in self._columns]
-        cursor = self._connection.cursor()
-        try:
+        with self._cursor() as cursor:
             return export(cursor, tables, Path(folder), overwrite=overwrite)
-        finally:
-            cursor.close()
 
     # -- the connection -------------------------------------------------------------------------
 
@@ -315,15 +311,24 @@ class FeatureDB:
     def __repr__(self) -> str:
         return f"FeatureDB({str(self.path)!r})"
 
-    def _fetch(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
-        # A cursor of its own for each query: connections can't be shared among threads.
-        cursor = self._connection.cursor()
+    @contextmanager
+    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        # One for each query: a connection can't be shared among threads.
         try:
-            return cursor.execute(query, list(parameters)).fetchall()
+            cursor = self._connection.cursor()
         except duckdb.Error as error:
-            raise DatabaseError(f"{self.path}: {error}") from None
+            raise DatabaseError(f"{self.path}: {error}; open it again") from None
+        try:
+            yield cursor
         finally:
             cursor.close()
+
+    def _fetch(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
+        with self._cursor() as cursor:
+            try:
+                return cursor.execute(query, list(parameters)).fetchall()
+            except duckdb.Error as error:
+                raise DatabaseError(f"{self.path}: {error}") from None
 
     def _read_columns(self) -> dict[str, set[str]]:
         columns: dict[str, set[str]] = {}
@@ -341,14 +346,17 @@ class FeatureDB:
             )
         return columns
 
-    def _require_feature(self, feature: int) -> None:
+    def _known(self, feature: int) -> int:
+        """The feature's id as a plain int, if there is such a feature."""
         if isinstance(feature, bool) or not hasattr(feature, "__index__"):
             raise TypeError(f"feature is {feature!r}; expected its id, an int")
-        if not 0 <= feature < self.d_sae:
+        number = operator.index(feature)
+        if not 0 <= number < self.d_sae:
             raise ValueError(
-                f"no feature {feature} in {self.path}: it has {self.d_sae:,} features, "
+                f"no feature {number} in {self.path}: it has {self.d_sae:,} features, "
                 f"0 to {self.d_sae - 1}"
             )
+        return number
 
 
 def _decoder(decode: Decode | Any | None) -> Decode | None:

@@ -9,10 +9,17 @@ To choose tokens, each activation counts by its strength, and ``SHRINKAGE`` imag
 tokens drawn at random are added, so that three lucky hits on a rare token do not win by their
 enormous lift; of the shrunk share p a token's score is its part of the Kullback-Leibler
 divergence, p log2(p / base), in bits. The numbers in the label are the plain counted ones.
+
+With many features, tokens and offsets some pairs stand out by chance. A label names only tokens
+that are beyond it: the chance of as many hits on a token, at its base rate, is bounded by
+2^-evidence (Chernoff's bound for the binomial distribution), and the evidence must exceed
+log2(number of comparisons / 1%): in a database of noise, one label in all is wrong once in a
+hundred. (Hits are taken as independent, which those in one text are not quite.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,10 +43,12 @@ _MIN_COUNT = 5  # with fewer activations a label would be chance
 _MIN_SHARE = 0.1  # (weighted) of a token, to be named after the first
 _TELLING_WEIGHT = 0.1  # by so much must the weighted share exceed the counted one to be told
 _MIN_LIFT = 2.0  # of any named token
+_CHANCE = 0.01  # that any label of a database of noise names a token
 _MIN_CLARITY = 0.1  # less than this explained beyond chance: no token stands out
-# The token itself is the plainer statement: its neighbours must explain this much more.
-_NEIGHBOUR_FACTOR = 1.2
-_VERBS = {0: "fires on", -1: "fires after", 1: "fires before"}
+NEIGHBOUR_FACTOR = 1.2
+"""The token itself is the plainer statement: its neighbours must explain this much more."""
+VERBS = {0: "fires on", -1: "fires after", 1: "fires before"}
+"""How a label says where its tokens are, by token_offset."""
 _SEGMENT_SHARE = 0.8
 _SEGMENT_LIFT = 1.5
 
@@ -57,21 +66,33 @@ class TokenLift:
     base: float
     lift: float
 
+    @property
+    def evidence(self) -> float:
+        """Bits against as many hits by chance: n times the divergence of share from base."""
+        share, base = self.share, self.base
+        misses = (1 - share) * math.log2((1 - share) / (1 - base)) if share < 1 else 0.0
+        return self.count / share * (share * math.log2(share / base) + misses)
+
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a label is made from. ``segments``: name, share of activations, lift."""
+    """What a label is made from.
+
+    ``comparisons``: how many features, tokens and offsets were looked at in all; ``segments``:
+    name, share of activations, lift.
+    """
 
     count: int
     rows: int
+    comparisons: int
     tokens: tuple[TokenLift, ...]
     segments: tuple[tuple[str, float, float], ...]
 
 
-def add_labels(connection: duckdb.DuckDBPyConnection, rows: int) -> None:
+def add_labels(connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int) -> None:
     """Fills ``token_lift``, the statistical part of ``autointerp``, and ``features.clarity``."""
     _fill_token_lift(connection)
-    labels = list(_labels(connection, rows))
+    labels = list(_labels(connection, rows, d_sae))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
     with ArrowStream(connection, schema, iter([columns])) as name:
@@ -98,21 +119,25 @@ def label_of(statistics: Statistics) -> tuple[str, float]:
         times = "once" if count == 1 else f"{count} times"
         return f"active only {times}, too few for statistics" + _listed(": on ", seen), 0.0
     candidates = {
-        offset: _named([t for t in statistics.tokens if t.offset == offset]) for offset in _VERBS
+        offset: _named(
+            [t for t in statistics.tokens if t.offset == offset],
+            math.log2(max(statistics.comparisons, 1) / _CHANCE),
+        )
+        for offset in VERBS
     }
     clarities = {
-        offset: _clarity(named, count) / (1.0 if offset == 0 else _NEIGHBOUR_FACTOR)
+        offset: _clarity(named, count) / (1.0 if offset == 0 else NEIGHBOUR_FACTOR)
         for offset, named in candidates.items()
     }
-    best = max(_VERBS, key=lambda offset: clarities[offset])
+    best = max(VERBS, key=lambda offset: clarities[offset])
     named = candidates[best]
     clarity = _clarity(named, count)
     where = _segment_phrase(statistics.segments)
     if clarity < _MIN_CLARITY:
-        return "fires on many tokens, none stands out" + where, clarity
+        return "no token stands out" + where, clarity
     share = sum(token.share for token in named)
     lift = share / sum(token.base for token in named)
-    words = _listed(f"{_VERBS[best]} ", [quoted(t.text, t.token) for t in named])
+    words = _listed(f"{VERBS[best]} ", [quoted(t.text, t.token) for t in named])
     numbers = f"lift {_times(lift)}, {share:.0%} of activations"
     weighted = sum(token.weighted_share for token in named)
     if weighted >= share + _TELLING_WEIGHT:
@@ -120,9 +145,9 @@ def label_of(statistics: Statistics) -> tuple[str, float]:
     return f"{words} ({numbers}){where}", clarity
 
 
-def _named(tokens: list[TokenLift]) -> list[TokenLift]:
+def _named(tokens: list[TokenLift], evidence: float) -> list[TokenLift]:
     """The tokens that the label names: the best, and others that matter."""
-    ranked = [token for token in tokens if token.lift >= _MIN_LIFT]
+    ranked = [t for t in tokens if t.lift >= _MIN_LIFT and t.evidence >= evidence]
     return ranked[:1] + [t for t in ranked[1:_NAMED_TOKENS] if t.weighted_share >= _MIN_SHARE]
 
 
@@ -208,11 +233,15 @@ def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(f"DROP TABLE {table}")
 
 
-def _labels(connection: duckdb.DuckDBPyConnection, rows: int) -> Iterator[tuple[int, str, float]]:
+def _labels(
+    connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int
+) -> Iterator[tuple[int, str, float]]:
     features = connection.execute("""
         SELECT f.feature_id, f.count, f.density, f.density_prompt, f.density_thinking,
                f.density_response
         FROM features f ORDER BY f.feature_id""").fetchall()
+    distinct = connection.execute("SELECT count(DISTINCT token) FROM tokens").fetchone()
+    comparisons = d_sae * (distinct[0] if distinct else 0) * len(VERBS)
     in_segment = dict(
         connection.execute("SELECT segment, count(*) FROM tokens GROUP BY ALL").fetchall()
     )
@@ -231,4 +260,7 @@ def _labels(connection: duckdb.DuckDBPyConnection, rows: int) -> Iterator[tuple[
             for name, of_segment in zip(SEGMENTS.values(), densities, strict=True)
             if of_segment
         )
-        yield feature, *label_of(Statistics(count, rows, tokens.get(feature, ()), segments))
+        yield (
+            feature,
+            *label_of(Statistics(count, rows, comparisons, tokens.get(feature, ()), segments)),
+        )

@@ -58,9 +58,11 @@ class TopExample:
 class SearchHit:
     """A feature that a search found.
 
-    ``matched`` says by what: ``"label"`` or ``"token"``; ``token`` is the token's text in the
-    second case. ``score`` orders hits: 1 + clarity for labels, and for tokens the share of the
-    feature's activations that are on that token.
+    ``matched`` says by what: ``"label"`` (one that a model wrote) or ``"token"``; then ``token``
+    is the text of the token and ``token_offset`` where it is (0: the feature fires on it, -1:
+    after it, 1: before it). ``label`` is the label that matched, or the feature's best.
+    ``score`` orders hits: 1 + clarity for labels; for tokens the share of the feature's strength
+    on that token, less for neighbours.
     """
 
     feature_id: int
@@ -68,6 +70,7 @@ class SearchHit:
     label: str | None
     model_name: str | None
     token: str | None
+    token_offset: int | None
     count: int | None
     score: float
 
@@ -155,6 +158,7 @@ class SearchHits(Records[SearchHit]):
             ("label", pa.string()),
             ("model_name", pa.string()),
             ("token", pa.string()),
+            ("token_offset", pa.int32()),
             ("count", pa.int64()),
             ("score", pa.float64()),
         ]

@@ -1,0 +1,278 @@
+"""Examples from code shards: the same as from memory, stopped and resumed at any moment."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from r1sae_fast import _core
+from r1sae_fast.cli.main import app
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.errors import ShardError
+from r1sae_fast.examples import Examples, collect_examples, shard_run
+from r1sae_fast.shards import CodeShards, CodeWriter
+
+D_SAE = 37
+
+
+def some_codes(rows: int, seed: int = 0, d_sae: int = D_SAE) -> SparseCodes:
+    generator = np.random.default_rng(seed)
+    # Quantised, so that ties abound.
+    strengths = generator.integers(1, 50, (rows, d_sae)) / 8
+    dense = strengths * (generator.random((rows, d_sae)) < 0.2)
+    return SparseCodes.from_dense(torch.from_numpy(dense.astype(np.float32)))
+
+
+def write(folder: Path, codes: SparseCodes, *, rows_per_shard: int, resume: bool = False) -> None:
+    with CodeWriter(folder, codes.d_sae, rows_per_shard=rows_per_shard, resume=resume) as writer:
+        writer.write(codes)
+
+
+@pytest.fixture
+def every_shard_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that small data has many moments at which a checkpoint is due."""
+    monkeypatch.setattr(shard_run, "_GROUP_NNZ", 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d_sae", [D_SAE, 70_000])
+def test_shards_give_what_memory_gives(tmp_path: Path, dtype: str, d_sae: int) -> None:
+    narrow = some_codes(123)
+    # Spread the same codes over more features, so that indices take 32 bits.
+    spread = narrow.indices * (d_sae // D_SAE)
+    codes = SparseCodes(narrow.values, spread, narrow.row_offsets, d_sae)
+    with CodeWriter(tmp_path / "codes", d_sae, values_dtype=dtype, rows_per_shard=50) as writer:
+        writer.write(codes)
+    expected = collect_examples(codes, n=5)
+    shards = CodeShards(tmp_path / "codes")
+    assert collect_examples(shards, n=5).equal(expected)
+    assert collect_examples(tmp_path / "codes", n=5, threads=1).equal(expected)
+    later = collect_examples(shards, n=5, first_row=1000)
+    assert torch.equal(later.rows, torch.where(expected.rows < 0, -1, expected.rows + 1000))
+
+
+def test_a_folder_without_rows(tmp_path: Path) -> None:
+    write(tmp_path / "codes", some_codes(0), rows_per_shard=10)
+    examples = collect_examples(tmp_path / "codes", checkpoint=tmp_path / "c")
+    assert (examples.scanned, int(examples.counts.sum())) == (0, 0)
+
+
+def test_the_order_of_shards_does_not_show(tmp_path: Path) -> None:
+    codes = some_codes(500)
+    write(tmp_path / "codes", codes, rows_per_shard=60)
+    shards = CodeShards(tmp_path / "codes")
+    starts = accumulate(shards.rows_per_file, initial=0)
+    files = list(zip(shards.paths, starts, shards.rows_per_file, strict=False))
+    expected = collect_examples(codes, n=6)
+    for seed in range(5):
+        random.Random(seed).shuffle(files)
+        accumulator = _core.ExampleAccumulator(D_SAE, 6)
+        for part in (files[:3], files[3:]):
+            accumulator.add_shards(part, 2)
+        strengths, rows, histogram, sums, scanned = accumulator.parts()
+        assert np.array_equal(strengths, expected.strengths.numpy())
+        assert np.array_equal(rows, expected.rows.numpy())
+        assert np.array_equal(histogram, expected.histogram.numpy())
+        assert np.array_equal(sums.view(np.int64), expected.fixed_sums.numpy())
+        assert scanned == 500
+
+
+@pytest.mark.usefixtures("every_shard_a_group")
+def test_a_bad_shard_is_named_and_what_was_done_is_kept(tmp_path: Path) -> None:
+    codes = some_codes(300)
+    write(tmp_path / "codes", codes, rows_per_shard=100)
+    shards = CodeShards(tmp_path / "codes")
+    last = shards.paths[-1]
+    whole = last.read_bytes()
+    checkpoint = tmp_path / "checkpoint"
+
+    last.write_bytes(whole[:-4])
+    with pytest.raises(ShardError, match=last.name):
+        collect_examples(shards, n=4, checkpoint=checkpoint)
+    assert Examples.load(checkpoint).scanned == 200
+
+    # A strength turned into a NaN: the bits of the last one in the file's values.
+    nan = np.array([np.nan], dtype=np.float32).tobytes()
+    some = codes[200:].values[:4].numpy().tobytes()
+    last.write_bytes(whole.replace(some, some[:12] + nan))
+    with pytest.raises(ShardError, match=rf"{last.name}: strength NaN in row 20\d"):
+        collect_examples(shards, n=4, checkpoint=checkpoint)
+
+    last.write_bytes(whole)
+    assert collect_examples(shards, n=4, checkpoint=checkpoint).equal(collect_examples(codes, n=4))
+
+
+@pytest.mark.usefixtures("every_shard_a_group")
+def test_a_finished_checkpoint_goes_on_with_new_shards(tmp_path: Path) -> None:
+    codes, checkpoint = some_codes(400), tmp_path / "checkpoint"
+    write(tmp_path / "codes", codes[:200], rows_per_shard=50)
+    collect_examples(tmp_path / "codes", n=3, checkpoint=checkpoint)
+    first = CodeShards(tmp_path / "codes").paths[0]
+    write(tmp_path / "codes", codes[200:], rows_per_shard=50, resume=True)
+    shards = CodeShards(tmp_path / "codes")
+    first.unlink()  # what is done is not read again
+    assert collect_examples(shards, n=3, checkpoint=checkpoint).equal(collect_examples(codes, n=3))
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    write(tmp_path / "one", some_codes(90, seed=1), rows_per_shard=30)
+    write(tmp_path / "two", some_codes(90, seed=2), rows_per_shard=30)
+    collect_examples(tmp_path / "one", n=3, checkpoint=checkpoint)
+    kept = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match="made from other shards"):
+        collect_examples(tmp_path / "two", n=3, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="made from other shards"):
+        collect_examples(tmp_path / "one", n=3, checkpoint=checkpoint, first_row=5)
+    with pytest.raises(ValueError, match="n = 3; the run is of d_sae = 37 and n = 4"):
+        collect_examples(tmp_path / "one", n=4, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == kept
+    collect_examples(tmp_path / "one", n=3).save(checkpoint)  # examples, but no checkpoint
+    with pytest.raises(ValueError, match="made from other shards"):
+        collect_examples(tmp_path / "one", n=3, checkpoint=checkpoint)
+    checkpoint.write_bytes(b"junk")
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        collect_examples(tmp_path / "one", n=3, checkpoint=checkpoint)
+
+
+def test_a_shard_of_other_rows_than_the_manifest_says(tmp_path: Path) -> None:
+    write(tmp_path / "codes", some_codes(20), rows_per_shard=20)
+    path = CodeShards(tmp_path / "codes").paths[0]
+    with pytest.raises(ShardError, match=r"holds 20 rows, but its manifest line says 21"):
+        _core.ExampleAccumulator(D_SAE, 2).add_shards([(path, 0, 21)], 1)
+
+
+class _StopNow(Exception):
+    """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
+def test_a_signal_stops_the_core_within_a_second(tmp_path: Path) -> None:
+    rows, k = 4000, 250
+    values = torch.arange(rows * k, 0, -1, dtype=torch.float32)
+    indices = torch.arange(k, dtype=torch.int32).repeat(rows)
+    codes = SparseCodes(values, indices, torch.arange(0, rows * k + 1, k), 1000)
+    write(tmp_path / "codes", codes, rows_per_shard=rows)
+    path = CodeShards(tmp_path / "codes").paths[0]
+    # A million codes, very often: a quarter of a minute or more.
+    many = [(path, i * rows, rows) for i in range(3000)]
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _StopNow
+
+    accumulator = _core.ExampleAccumulator(1000, 5)
+    before = signal.signal(signal.SIGALRM, stop)
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(_StopNow):
+            accumulator.add_shards(many, 2)
+        assert time.monotonic() - start < 0.3 + 1.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert accumulator.scanned == 0
+    accumulator.add_shards(many[:1], 1)
+    assert accumulator.scanned == rows
+
+
+# Imports once, then runs each request in a fork, which the test kills.
+_SERVER = """
+import os, sys
+from pathlib import Path
+from r1sae_fast.examples import collect_examples, shard_run
+shard_run._GROUP_NNZ = 1
+folder, checkpoint, result = map(Path, sys.argv[1:])
+print("ready", flush=True)
+for _ in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        collect_examples(
+            folder, n=7, threads=2, checkpoint=checkpoint, checkpoint_seconds=0
+        ).save(result)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [
+        sys.executable,
+        "-c",
+        _SERVER,
+        *(str(tmp_path / n) for n in ("codes", "check", "out")),
+    ]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    tmp_path: Path, server: subprocess.Popen[str]
+) -> None:
+    codes = some_codes(2000)
+    write(tmp_path / "codes", codes, rows_per_shard=50)
+    assert server.stdin is not None
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    moments = random.Random(5)
+    killed = reached = 0
+    for attempt in range(60):
+        server.stdin.write("go\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        if attempt < 20:
+            time.sleep(moments.uniform(0, 0.06))
+            os.kill(child, signal.SIGKILL)
+        status = int(server.stdout.readline())
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        killed += 1
+        if (tmp_path / "check").exists():
+            # A checkpoint is whole at any moment, and never goes back.
+            scanned = Examples.load(tmp_path / "check").scanned
+            assert scanned % 50 == 0
+            assert scanned >= reached
+            reached = scanned
+    assert killed >= 5
+    assert Examples.load(tmp_path / "out").equal(collect_examples(codes, n=7))
+
+
+def test_the_command(tmp_path: Path) -> None:
+    codes = some_codes(120)
+    write(tmp_path / "codes", codes, rows_per_shard=50)
+    out = tmp_path / "examples.safetensors"
+    command = ["examples", str(tmp_path / "codes"), str(out), "-n", "4"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "120 rows" in result.output
+    assert "37 of 37 features alive" in result.output
+    assert Examples.load(out).equal(collect_examples(codes, n=4))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["codes", out.name]
+
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1
+    assert "exists already; pass --overwrite" in again.stderr
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+    missing = CliRunner().invoke(app, ["examples", str(tmp_path / "none"), str(tmp_path / "x")])
+    assert missing.exit_code == 1
+    assert "no such folder" in missing.stderr
