@@ -22,3 +22,7 @@ class CheckpointError(R1SaeError):
 
 class DatabaseError(R1SaeError):
     """A feature database is locked, missing tables, or no database at all."""
+
+
+class TrainingDivergedError(R1SaeError):
+    """The loss became NaN or infinite; the last checkpoint stands."""

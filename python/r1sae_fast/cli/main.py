@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from r1sae_fast.cli import examples, features, harvest, info, tiny_r1
+from r1sae_fast.cli import encode, examples, features, harvest, info, tiny_r1, train
 from r1sae_fast.cli.guard import GuardedGroup
 
 COMMANDS = [
     harvest,
+    train,
+    encode,
     examples,
     features,
     tiny_r1,

@@ -1,0 +1,77 @@
+"""``r1sae train``: an SAE from activation shards."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    shards: Annotated[
+        Path, typer.Argument(help="Folder of activation shards, as r1sae harvest writes it.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for the SAE, its metrics and checkpoint.")],
+    d_sae: Annotated[int, typer.Option(help="Number of features.")] = 4096,
+    k: Annotated[int, typer.Option("--k", "-k", help="Codes a row, on average.")] = 16,
+    tokens: Annotated[
+        int, typer.Option(help="Rows to train on in all; the shards are repeated as needed.")
+    ] = 10_000_000,
+    mode: Annotated[str, typer.Option(help="batch_topk or topk.")] = "batch_topk",
+    tied: Annotated[
+        bool, typer.Option("--tied", help="One matrix encodes and decodes, as in R1's SAEs.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 4096,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's peak; default by d_sae and number of steps.")
+    ] = None,
+    aux_k: Annotated[
+        int | None, typer.Option(help="Dead features a row in the auxiliary loss; default d_in/2.")
+    ] = None,
+    dead_after_tokens: Annotated[
+        int | None, typer.Option(help="A feature silent for so long is dead.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first weights and the order of rows.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda ...")] = "cpu",
+    checkpoint_seconds: Annotated[float, typer.Option(help="Save the state so often.")] = 60.0,
+    evaluate_rows: Annotated[
+        int, typer.Option(help="Rows to evaluate the finished SAE on; 0 for none.")
+    ] = 65536,
+) -> None:
+    """Train an SAE on harvested activations.
+
+    A stopped run goes on when the same command is run again, and ends in the same SAE.
+    """
+    from r1sae_fast.shards import ActivationShards
+    from r1sae_fast.train import TrainConfig, evaluate
+    from r1sae_fast.train import train as run
+
+    config = TrainConfig(
+        d_sae=d_sae,
+        k=k,
+        mode=mode,
+        tied=tied,
+        tokens=tokens,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        aux_k=aux_k,
+        dead_after_tokens=dead_after_tokens,
+        seed=seed,
+    )
+    activations = ActivationShards(shards)
+    sae = run(activations, out, config, device=device, checkpoint_seconds=checkpoint_seconds)
+    typer.echo(
+        f"{out}: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.mode}; trained on "
+        f"{sae.metadata['tokens']:,} rows ({sae.metadata['left_out']:,} outliers left out), "
+        f"threshold {float(sae.threshold):.4g}"
+    )
+    if evaluate_rows > 0:
+        found = evaluate(sae, activations, max_rows=evaluate_rows)
+        typer.echo(
+            f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "
+            f"{found.explained_variance:.4f}), L0 {found.l0:.2f}, dead {found.dead_fraction:.1%}"
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the root app."""
+    app.command("train", rich_help_panel="The chain")(train)

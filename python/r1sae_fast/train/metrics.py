@@ -1,0 +1,68 @@
+"""The figures of a run, one JSON object a line, in step with the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from r1sae_fast.atomic import write_bytes
+
+FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Figures of one step; means since the line before, where they vary from step to step."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Rows trained on so far."""
+    loss: float
+    """Squared error per (standardised) activation number."""
+    aux_loss: float
+    """Share of the leftover that the dead features fail to explain; 0 without dead features."""
+    fvu: float
+    """Fraction of variance unexplained."""
+    l0: float
+    """Codes a row."""
+    dead_fraction: float
+    """Features that have not fired for ``dead_after_tokens``."""
+    threshold: float
+    """Of the SAE if it were saved now, in the units of the activations' codes."""
+    learning_rate: float
+    left_out: int
+    """Outlier rows left out so far."""
+    tokens_per_second: float
+
+
+class MetricsFile:
+    """Appends to ``metrics.jsonl``; lines after the step that a run resumes from are dropped."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / FILE
+        kept = [line for line in read_lines(self.path) if line["step"] <= step]
+        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def append(self, metrics: Metrics) -> None:
+        """Adds a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; none where there is no file. A last line that was cut in
+    half by a crash is passed over."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(fields, dict) and isinstance(fields.get("step"), int):
+            lines.append(fields)
+    return lines

@@ -1,0 +1,319 @@
+"""Trains an SAE on shards; killed at any point, the same call goes on to the same weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from r1sae_fast import _core
+from r1sae_fast.errors import TrainingDivergedError
+from r1sae_fast.sae import FastSAE, Mode
+from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train import checkpoint, metrics
+from r1sae_fast.train.checkpoint import Checkpoint, Counters
+from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.metrics import Metrics, MetricsFile
+from r1sae_fast.train.standardise import Standardisation
+from r1sae_fast.train.step import Learner, StepFigures
+
+
+def train(
+    shards: ActivationShards,
+    out_dir: str | os.PathLike[str],
+    config: TrainConfig,
+    *,
+    resume: bool = True,
+    device: torch.device | str = "cpu",
+    checkpoint_seconds: float = 60.0,
+    log_every: int | None = None,
+    progress: bool | None = None,
+    on_metrics: Callable[[Metrics], None] | None = None,
+) -> FastSAE:
+    """Trains an SAE on ``shards`` and saves it in ``out_dir``.
+
+    The folder gets what :meth:`FastSAE.save` writes, ``metrics.jsonl`` and
+    ``checkpoint.safetensors``. The SAE takes raw activations (what training did to their centre and
+    scale is folded into it) and has a threshold, so that it may be used in mode "threshold" too.
+    On the CPU an interrupted run that is resumed gives the same weights to the bit, given as many
+    threads.
+
+    Args:
+        shards: what to train on.
+        out_dir: new, empty, or of a run that is gone on with.
+        config: everything that decides the weights.
+        resume: go on from the folder's checkpoint (a finished run is just loaded); False refuses a
+            folder that has one.
+        device: where to train.
+        checkpoint_seconds: how often the state is saved.
+        log_every: steps between two lines of metrics; default such that there are about 200.
+        progress: show a bar on stderr; default if that is a terminal.
+        on_metrics: called with each line of metrics.
+
+    Returns:
+        The trained SAE on the CPU, float32, in the mode it was trained in.
+
+    Raises:
+        FileExistsError: the folder has a checkpoint and ``resume`` is False, or holds other files.
+        ValueError: the checkpoint is of other settings or other shards (named); no rows.
+        NonFiniteError: a NaN or infinite activation; the row is named.
+        TrainingDivergedError: the loss became NaN or infinite; the last checkpoint is kept.
+        ShardError: another process trains into the folder.
+    """
+    folder = Path(out_dir)
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _core.FolderLock(folder)
+    try:
+        run = Run(shards, folder, config, torch.device(device), resume=resume)
+        run.go(
+            checkpoint_seconds=checkpoint_seconds,
+            log_every=max(1, config.steps // 200) if log_every is None else log_every,
+            progress=progress,
+            on_metrics=on_metrics,
+        )
+        sae = run.sae()
+        sae.save(folder)
+        return sae
+    finally:
+        lock.release()
+
+
+_OURS = {".lock", checkpoint.FILE, metrics.FILE, "sae.safetensors", "config.json"}
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if not folder.exists() or (folder / checkpoint.FILE).exists():
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: not a folder; give a folder for the SAE")
+    ours = {*_OURS, *(f"{name}.tmp" for name in _OURS)}
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    if foreign:
+        raise FileExistsError(
+            f"{folder}: not empty and not a training run (it holds {foreign[0]!r}); "
+            "give an empty or a new folder"
+        )
+
+
+class Run:
+    """A run in a folder that is locked, new or taken up from its checkpoint."""
+
+    def __init__(
+        self,
+        shards: ActivationShards,
+        folder: Path,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        resume: bool,
+    ) -> None:
+        self.shards, self.folder, self.config, self.device = shards, folder, config, device
+        self.identity: dict[str, Any] = {
+            **config.to_dict(),
+            "shards": shards.fingerprint,
+            "d_in": shards.d_in,
+        }
+        saved = Checkpoint.read(folder)
+        if saved is not None and not resume:
+            raise FileExistsError(
+                f"{folder}: holds a run already; give another folder, or resume=True to go on"
+            )
+        if saved is not None:
+            checkpoint.require_same(folder / checkpoint.FILE, saved.identity, self.identity)
+            at = saved.counters
+            self.standardisation = Standardisation(saved.centre, at.scale, at.norm_limit)
+        else:
+            self.standardisation = Standardisation.of(
+                shards, outlier_factor=config.outlier_factor, seed=config.seed
+            )
+        self.learner = Learner(config, shards.d_in, device)
+        batch_size = min(config.batch_size, len(shards))
+        self.loader = shards.loader(batch_size, seed=config.seed, drop_last=True, epochs=None)
+        self.counters = Counters(
+            scale=self.standardisation.scale, norm_limit=self.standardisation.norm_limit
+        )
+        if saved is not None:
+            self.counters = saved.counters
+            self.loader.load_state_dict(saved.loader)
+            self.learner.load_tensors(saved.tensors)
+            self.learner.threshold = saved.counters.threshold
+            self.learner.threshold_weight = saved.counters.threshold_weight
+
+    def save(self) -> None:
+        """Writes the checkpoint."""
+        self.counters.threshold = self.learner.threshold
+        self.counters.threshold_weight = self.learner.threshold_weight
+        Checkpoint(
+            self.identity,
+            self.counters,
+            self.loader.state_dict(),
+            self.standardisation.centre,
+            self.learner.tensors(),
+        ).write(self.folder)
+
+    def go(
+        self,
+        *,
+        checkpoint_seconds: float,
+        log_every: int,
+        progress: bool | None,
+        on_metrics: Callable[[Metrics], None] | None,
+    ) -> None:
+        """Takes the steps that are left."""
+        counters, config = self.counters, self.config
+        if counters.step >= config.steps:
+            return
+        log = MetricsFile(self.folder, counters.step)
+        averages = _Averages()
+        saved = time.monotonic()
+        batches = iter(self.loader)
+        with _bar(config.steps, counters.step, progress) as shown:
+            while counters.step < config.steps:
+                x, left_out = self.standardisation.apply(next(batches), self.device)
+                rate = config.rate(counters.step)
+                figures = self.learner.step(x, rate) if x.shape[0] else None
+                counters.step += 1
+                counters.tokens += x.shape[0]
+                counters.left_out += left_out
+                if figures is not None:
+                    averages.add(figures, x.shape[0])
+                last = counters.step == config.steps
+                # A checkpoint goes with a line, so that a resumed run's means are over the same
+                # steps.
+                if counters.step % log_every and not last:
+                    continue
+                if not (averages.is_finite() and self.learner.is_finite()):
+                    raise TrainingDivergedError(
+                        f"loss or weights are not finite by step {counters.step}; the last "
+                        f"checkpoint in {self.folder} was kept: lower the learning rate, and train "
+                        "into another folder"
+                    )
+                if averages.tokens:
+                    line = self._metrics(averages, rate)
+                    log.append(line)
+                    averages = _Averages()
+                    shown(counters.step, line)
+                    if on_metrics is not None:
+                        on_metrics(line)
+                if last or time.monotonic() - saved > checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+
+    def _metrics(self, averages: _Averages, rate: float) -> Metrics:
+        means = averages.means()
+        return Metrics(
+            step=self.counters.step,
+            tokens=self.counters.tokens,
+            loss=means["loss"],
+            aux_loss=means["aux_loss"],
+            fvu=means["fvu"],
+            l0=means["l0"],
+            dead_fraction=averages.dead / self.config.d_sae,
+            threshold=(self.learner.mean_threshold or 0.0) / self.standardisation.scale,
+            learning_rate=rate,
+            left_out=self.counters.left_out,
+            tokens_per_second=averages.tokens / max(time.monotonic() - averages.started, 1e-9),
+        )
+
+    def sae(self) -> FastSAE:
+        """The SAE as it stands, for raw activations; see :mod:`r1sae_fast.train.standardise`."""
+        config, learner = self.config, self.learner
+        scale, centre = self.standardisation.scale, self.standardisation.centre
+        weights = {name: tensor.detach().cpu() for name, tensor in learner.parameters.items()}
+        encoder = weights["encoder"]
+        sae = FastSAE(
+            self.shards.d_in,
+            config.d_sae,
+            config.k,
+            cast(Mode, config.mode),
+            tied=config.tied,
+            dtype=torch.float32,
+        )
+        with torch.no_grad():
+            sae.W_dec.copy_(weights.get("decoder", encoder))
+            if not config.tied:
+                sae.W_enc.copy_(encoder.T)
+            # In float64: centre @ encoder is a sum of large terms that nearly cancel.
+            shift = (encoder.double() @ centre.double()).float()
+            sae.b_enc.copy_(weights["b_enc"] / scale - shift)
+            sae.b_dec.copy_(weights["b_dec"] / scale + centre)
+            if learner.mean_threshold is not None:
+                sae.threshold.fill_(learner.mean_threshold / scale)
+        sae.metadata = {
+            "training": config.to_dict(),
+            "tokens": self.counters.tokens,
+            "left_out": self.counters.left_out,
+            "norm_limit": self.standardisation.norm_limit,
+            "activations": self.shards.metadata,
+            "activations_fingerprint": self.shards.fingerprint,
+        }
+        return sae
+
+
+class _Averages:
+    """Sums of figures since the last line of metrics, on the device they were measured on."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.steps = 0
+        self.tokens = 0
+        self.dead = 0
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "aux_loss", "fvu", "l0"), 0.0)
+
+    def add(self, figures: StepFigures, tokens: int) -> None:
+        """Counts a step."""
+        self.steps += 1
+        self.tokens += tokens
+        self.dead = figures.dead
+        for name in self.sums:
+            self.sums[name] = self.sums[name] + getattr(figures, name)
+
+    def means(self) -> dict[str, float]:
+        """Of each figure."""
+        return {name: float(total) / self.steps for name, total in self.sums.items()}
+
+    def is_finite(self) -> bool:
+        """Whether every loss since the last line was neither NaN nor infinite."""
+        return math.isfinite(float(self.sums["loss"]) + float(self.sums["aux_loss"]))
+
+
+@contextmanager
+def _bar(total: int, done: int, progress: bool | None) -> Iterator[Callable[[int, Metrics], None]]:
+    """A bar with the newest figures beside it."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda step, line: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done, figures="")
+
+        def show(step: int, line: Metrics) -> None:
+            figures = f"FVU {line.fvu:.3f}  L0 {line.l0:.1f}  dead {line.dead_fraction:.1%}"
+            bar.update(task, completed=step, figures=figures)
+
+        yield show

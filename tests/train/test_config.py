@@ -1,0 +1,67 @@
+"""TrainConfig: bad settings are named; the schedule rises, holds and falls."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1sae_fast.train import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"d_sae": 0}, "d_sae is 0"),
+        ({"k": 0}, "k is 0"),
+        ({"k": 65}, "k is 65, more than d_sae = 64"),
+        ({"mode": "threshold"}, "mode is 'threshold'; expected one of batch_topk, topk"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"seed": 2**63}, "seed"),
+        ({"learning_rate": -1.0}, "learning_rate is -1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"beta2": 1.0}, "beta2 is 1"),
+        ({"warmup": 1.5}, "warmup is 1.5"),
+        ({"gradient_clip": 0.0}, "gradient_clip is 0"),
+        ({"outlier_factor": 0.5}, "outlier_factor is 0.5"),
+        ({"aux_k": 0}, "aux_k is 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(**{"d_sae": 64, "k": 4, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"d_sae": 64.0}, {"k": True}, {"learning_rate": "fast"}])
+def test_settings_of_another_type_are_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        TrainConfig(**{"d_sae": 64, "k": 4, **settings})
+
+
+@given(
+    tokens=st.integers(1, 10**6),
+    batch_size=st.integers(1, 10**4),
+    warmup=st.floats(0, 1),
+    decay=st.floats(0, 1),
+)
+def test_schedule(tokens: int, batch_size: int, warmup: float, decay: float) -> None:
+    config = TrainConfig(
+        d_sae=64, k=4, tokens=tokens, batch_size=batch_size, warmup=warmup, decay=decay
+    )
+    assert (config.steps - 1) * batch_size < tokens <= config.steps * batch_size
+    steps = range(0, config.steps, max(1, config.steps // 50))
+    rates = [config.rate(step) for step in steps]
+    assert all(0 < rate <= config.peak_learning_rate for rate in rates)
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_schedule_in_numbers() -> None:
+    config = TrainConfig(
+        d_sae=64, k=4, tokens=100, batch_size=1, learning_rate=2.0, warmup=0.1, decay=0.5
+    )
+    assert [config.rate(step) for step in (0, 4, 9, 50, 75, 99)] == pytest.approx(
+        [0.2, 1.0, 2.0, 2.0, 1.0, 0.04]
+    )
