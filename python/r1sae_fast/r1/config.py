@@ -52,6 +52,42 @@ class R1Config:
     bos_token_id: int = 0
     eos_token_id: int = 1
 
+    def __post_init__(self) -> None:
+        """Checks that the numbers make a model.
+
+        Raises:
+            ValueError: one is not a positive number, or two do not fit each other.
+        """
+        for name, value in vars(self).items():
+            if name in ("norm_topk_prob", "rope_scaling"):
+                continue
+            least = 0 if name in ("bos_token_id", "eos_token_id", "first_k_dense_replace") else 1
+            whole = not isinstance(getattr(R1Config, name), float)
+            right = isinstance(value, int) or (isinstance(value, float) and not whole)
+            if isinstance(value, bool) or not right or (value < least if whole else value <= 0):
+                kind = "a whole number" if whole else "a number"
+                bound = f"{least} or more" if whole else "above 0"
+                raise ValueError(f"{name} is {value!r}, expected {kind}, {bound}")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_routed_experts is {self.n_routed_experts}, "
+                f"expected a multiple of n_group ({self.n_group})"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"topk_group is {self.topk_group}, expected at most n_group ({self.n_group})"
+            )
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}, but topk_group "
+                f"{self.topk_group} leaves only {reachable} experts to choose from"
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim is {self.qk_rope_head_dim}, expected an even number"
+            )
+
     @property
     def qk_head_dim(self) -> int:
         """Width of one head's query and key: the part without position and the rotary part."""
@@ -76,17 +112,18 @@ class R1Config:
                 raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected!r}")
         own = {f.name for f in fields(cls)}
         values = {key: value for key, value in raw.items() if key in own}
-        scaling = values.pop("rope_scaling", None) or raw.get("rope_parameters")
-        if scaling is not None:
-            kind = scaling.get("type", scaling.get("rope_type", "yarn"))
-            if kind != "yarn":
-                raise CheckpointError(f"config.json: rope_scaling is {kind!r}, expected 'yarn'")
-            known = {f.name for f in fields(YarnScaling)}
-            scaling = YarnScaling(**{k: v for k, v in scaling.items() if k in known})
+        # transformers 5 writes rope_parameters, with rope_theta in it.
+        parameters = raw.get("rope_parameters") or {}
+        if "rope_theta" in parameters:
+            values.setdefault("rope_theta", parameters["rope_theta"])
+        scaling = _scaling(values.pop("rope_scaling", None) or parameters)
         required = {"hidden_size", "num_hidden_layers", "vocab_size"} - values.keys()
         if required:
             raise CheckpointError(f"config.json: {', '.join(sorted(required))} missing")
-        return cls(**values, rope_scaling=scaling)
+        try:
+            return cls(**values, rope_scaling=scaling)
+        except ValueError as error:
+            raise CheckpointError(f"config.json: {error}") from None
 
     @classmethod
     def from_file(cls, path: Path | str) -> R1Config:
@@ -125,3 +162,14 @@ class R1Config:
             "torch_dtype": "bfloat16",
             **raw,
         }
+
+
+def _scaling(raw: dict[str, Any]) -> YarnScaling | None:
+    """YaRN's numbers from ``rope_scaling`` or ``rope_parameters``, None without scaling."""
+    kind = raw.get("type", raw.get("rope_type", "yarn" if "factor" in raw else "default"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise CheckpointError(f"config.json: rope_scaling is {kind!r}, expected 'yarn'")
+    known = {f.name for f in fields(YarnScaling)}
+    return YarnScaling(**{key: value for key, value in raw.items() if key in known})
