@@ -20,8 +20,8 @@ import torch
 from r1sae_fast.harvest import harvest
 from r1sae_fast.r1 import LocalEngine
 
-SETTINGS = {"batch_size": 3, "max_new_tokens": 10, "rows_per_shard": 1}
-PROMPTS = [f"What is {i} plus {i + 1}?" for i in range(60)]
+SETTINGS = {"batch_size": 3, "max_new_tokens": 10, "rows_per_shard": 100}
+PROMPTS = [f"What is {i} plus {i + 1}?" for i in range(120)]
 
 
 def main(checkpoint: str, folder: Path, kills: int, seed: int) -> None:
@@ -38,7 +38,8 @@ def main(checkpoint: str, folder: Path, kills: int, seed: int) -> None:
             # The child writes as a user's process would, and is never told that it will die.
             harvest(engine, PROMPTS, 1, folder / "killed", **SETTINGS)  # type: ignore[arg-type]  # ints
             os._exit(0)
-        time.sleep(rng.random() * whole / 3)
+        # Together about as long as the work takes, so that few children live to its end.
+        time.sleep(rng.random() * 1.5 * whole / kills)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
