@@ -92,7 +92,7 @@ format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
 .PHONY: bench
 bench: $(INSTALLED) ## Time each operation against its reference (ARGS="-k select" picks some)
 	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only -q \
-	  --benchmark-columns=min,median,rounds --benchmark-sort=median $(ARGS)
+	  --benchmark-columns=min,median,rounds --benchmark-sort=min $(ARGS)
 
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/
