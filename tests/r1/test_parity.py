@@ -13,6 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from r1sae_fast.r1.cache import LatentCache
 from r1sae_fast.r1.checkpoint import load_model, write_checkpoint
 from r1sae_fast.r1.config import R1Config, YarnScaling
+from r1sae_fast.r1.engines.local import LocalEngine
 from r1sae_fast.r1.model import R1Model
 from r1sae_fast.r1.rope import rotary_table, rotate
 
@@ -190,3 +191,17 @@ def test_rotation_for_compilers_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(fast.view(2, 30, 3, 32, 2).norm(dim=-1), pairs)
     origin = rotary_table(config, torch.zeros(1, 1, dtype=torch.int64))
     assert torch.equal(rotate(x, origin), x)
+
+
+def test_tiny_r1_on_its_own_text() -> None:
+    """The shipped, trained model: logits, every residual, and greedy text step by step."""
+    engine = LocalEngine.from_pretrained("tiny-r1", dtype=torch.float32)
+    twin = transformers_model(engine.model)
+    (generation,) = engine.generate(["What is 12 plus 7 minus 5?"], 40, greedy=True)
+    tokens = torch.tensor([generation.tokens])
+    for layer, theirs in enumerate(residuals(twin, tokens)):
+        assert relative(engine.residuals(tokens, layer), theirs) < TOLERANCE, layer
+    logits = twin(tokens).logits
+    assert relative(engine.logits(tokens), logits) < TOLERANCE
+    written = generation.tokens[generation.prompt_length :]
+    assert logits[0, generation.prompt_length - 1 : -1].argmax(-1).tolist() == written
