@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def encode_shards(
     norm_limit: float | None = None,
     resume: bool = True,
     progress: bool | None = None,
+    on_rows: Callable[[int], None] | None = None,
 ) -> CodeShards:
     """Encodes every row of ``shards``, in order, into code shards in ``out_dir``.
 
@@ -77,6 +79,7 @@ def encode_shards(
         resume: go on in a folder that holds a part of the same codes (all of them: just opens
             them); False refuses a folder with shards.
         progress: show a bar on stderr; default if that is a terminal.
+        on_rows: called with the number of rows done, after every batch.
 
     Raises:
         ValueError: another d_in, a bad mode, or a folder with codes of other settings.
@@ -117,6 +120,8 @@ def encode_shards(
                 if stop % rows_per_shard == 0 or stop == len(shards):
                     writer.finish_shard()
                 shown(stop)
+                if on_rows is not None:
+                    on_rows(stop)
     finally:
         sae.mode = was
     return CodeShards(out_dir)

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from r1sae_fast.cli import encode, examples, features, harvest, info, tiny_r1, train
+from r1sae_fast.cli import demo, encode, examples, features, harvest, info, tiny_r1, train
 from r1sae_fast.cli.guard import GuardedGroup
 
 COMMANDS = [
+    demo,
     harvest,
     train,
     encode,

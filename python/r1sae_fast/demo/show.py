@@ -1,0 +1,205 @@
+"""The demo's findings in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from r1sae_fast.demo.display import WIDTH
+from r1sae_fast.demo.findings import Context, Feature, Findings, Piece, Trace
+from r1sae_fast.features.results import ContextToken, TopExample
+from r1sae_fast.features.show import heat
+
+if TYPE_CHECKING:
+    from r1sae_fast.demo.stages import Demo
+
+MOMENT_NAMES = {
+    "result": "when the result is written",
+    "check": "when the check's result is written",
+    "compare": "when the comparison is done",
+}
+_SEGMENT_STYLES = {"prompt": "dim", "thinking": "", "response": "green"}
+_MARK_STYLES = {"wrong": "bold white on red", "wait": "bold black on yellow"}
+
+
+def show_header(console: Console, demo: Demo) -> None:
+    """What this is and where it goes."""
+    way = "TinyR1 reasons → residual stream → sparse autoencoder → features → database"
+    where = Text.assemble("everything goes to ", (f"{demo.folder}/", "bold"))
+    console.print(Panel(Group(Text(way), where), title="r1sae demo", width=_width(console)))
+
+
+def show_findings(console: Console, findings: Findings, demo: Demo, seconds: float) -> None:
+    """Everything, from the trace to how to go on."""
+    parts = [
+        *_trace_part(findings),
+        *_sae_part(findings),
+        *_features_part(findings),
+        *_detector_part(findings),
+        *_next_part(findings, demo, seconds),
+    ]
+    for part in parts:
+        console.print(part, width=_width(console))
+
+
+def _width(console: Console) -> int:
+    return min(console.width, WIDTH)
+
+
+def _heading(title: str) -> RenderableType:
+    return Padding(Rule(Text(title, style="bold cyan"), align="left"), (1, 0, 0, 0))
+
+
+def _grid() -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    return table
+
+
+def _trace_part(findings: Findings) -> list[RenderableType]:
+    trace, reasoning = findings.trace, findings.reasoning
+    if trace is None:
+        return []
+    whose = "TinyR1 slips and notices" if trace.own else "A planted slip, and its correction"
+    legend = Text.assemble(
+        ("prompt", "dim"), "  thinking  ", ("answer", "green"), "  ",
+        (" wrong result ", _MARK_STYLES["wrong"]), "  ", (" Wait ", _MARK_STYLES["wait"]),
+    )  # fmt: skip
+    parts: list[RenderableType] = [
+        _heading(whose),
+        Panel(trace_text(trace.pieces), subtitle=legend, box=box.ROUNDED, border_style="dim"),
+    ]
+    if reasoning["steps"]:
+        parts.append(
+            Text(
+                f"Sampled at temperature 1, {reasoning['wrong_steps']:.0f} of its "
+                f'{reasoning["steps"]:.0f} steps were wrong. "Wait" followed '
+                f"{reasoning['waited_after_wrong']:.0%} of these and "
+                f"{reasoning['waited_after_right']:.1%} of the right ones.",
+                style="dim",
+            )
+        )
+    return parts
+
+
+def trace_text(pieces: list[Piece]) -> Text:
+    """A trace, coloured by segment; slips and "Wait" stand out."""
+    text = Text()
+    for piece in pieces:
+        style = _MARK_STYLES.get(piece.mark) or _SEGMENT_STYLES.get(piece.segment, "")
+        # The space before a marked word is not part of what is marked.
+        bare = piece.text.lstrip(" ") if piece.mark else piece.text
+        text.append(piece.text[: len(piece.text) - len(bare)])
+        text.append(bare, style=style or None)
+    text.rstrip()
+    return text
+
+
+def _sae_part(findings: Findings) -> list[RenderableType]:
+    sae = findings.sae
+    table = _grid()
+    table.add_row("features", f"{sae['d_sae']:,.0f}", f"of {sae['d_in']:.0f} numbers a token")
+    table.add_row("FVU", f"{sae['fvu']:.4f}", f"{1 - sae['fvu']:.1%} of the variance is explained")
+    table.add_row("L0", f"{sae['l0']:.2f}", f"features a token, above {sae['threshold']:.3g}")
+    table.add_row(
+        "dead", f"{sae['dead_in_corpus']:.1%}", f"silent on all {sae['corpus_rows']:,.0f} tokens"
+    )
+    table.add_row(
+        "batch top-k", f"{sae['fvu_batch_topk']:.4f}", f"FVU at L0 {sae['l0_batch_topk']:.2f}"
+    )
+    note = f"FVU and L0 on {sae['rows']:,.0f} tokens of traces that it was not trained on"
+    if sae["left_out"]:
+        note += f" ({sae['left_out']:,.0f} outlier rows, such as sinks, left out)"
+    return [_heading("The sparse autoencoder"), table, Text(note + ".", style="dim")]
+
+
+def _features_part(findings: Findings) -> list[RenderableType]:
+    if not findings.features:
+        return []
+    parts: list[RenderableType] = [_heading("Features with the clearest meaning")]
+    parts += [feature_lines(feature) for feature in findings.features]
+    return parts
+
+
+def feature_lines(feature: Feature) -> RenderableType:
+    """A feature's label and its strongest contexts, a line each."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(justify="right", style="bold", no_wrap=True, min_width=6)
+    table.add_column(overflow="ellipsis", no_wrap=True)
+    title = Text.assemble((feature.label, "bold"), (f"  {feature.density:.2%} of tokens", "dim"))
+    table.add_row(f"#{feature.feature}", title)
+    for context in feature.contexts:
+        table.add_row("", heated(feature, context))
+    return table
+
+
+def heated(feature: Feature, context: Context) -> Text:
+    """A context as ``r1sae features`` shows it."""
+    tokens = tuple(
+        ContextToken(place, -1, text, strength, None)
+        for place, (text, strength) in enumerate(
+            zip(context.tokens, context.strengths, strict=True)
+        )
+    )
+    strength = context.strengths[context.hit]
+    example = TopExample(feature.feature, 1, 0, context.hit, strength, tokens)
+    return heat(example, feature.largest)
+
+
+def _detector_part(findings: Findings) -> list[RenderableType]:
+    parts: list[RenderableType] = [_heading("Which feature knows that a step is wrong?")]
+    if not findings.detectors:
+        return [*parts, Text("Too few steps to say; run the demo at full scale.", style="dim")]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
+    table.add_column("asked")
+    table.add_column("feature", justify="right", style="bold")
+    table.add_column("AUROC (95%)", justify="right")
+    table.add_column("own slips", justify="right")
+    table.add_column("linear probe", justify="right", style="dim")
+    table.add_column("fires on wrong / right", justify="right")
+    for one in findings.detectors:
+        own = "-" if one.own_auroc is None else f"{one.own_auroc:.3f}"
+        table.add_row(
+            MOMENT_NAMES[one.moment],
+            f"#{one.feature}",
+            Text.assemble((f"{one.auroc:.3f}", "bold"), f" ({one.low:.3f}-{one.high:.3f})"),
+            own,
+            f"{one.probe_auroc:.3f}",
+            f"{one.fires_on_wrong:.0%} / {one.fires_on_right:.1%}",
+        )
+    first = findings.detectors[0]
+    note = (
+        f"Held-out traces with planted slips: each feature was chosen on one half of them and is "
+        f"measured on the other ({first.wrong} wrong and {first.right} right steps); the probe "
+        f"reads all of the residual. Own slips: the same feature on {first.own_wrong} wrong and "
+        f"{first.own_right} right steps that TinyR1 wrote itself."
+    )
+    parts += [table, Text(note, style="dim"), Text()]
+    parts += [feature_lines(feature) for feature in findings.detector_features]
+    return parts
+
+
+def _next_part(findings: Findings, demo: Demo, seconds: float) -> list[RenderableType]:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(style="dim")
+    table.add_row(str(demo.picture), "training curve, densities, the detector")
+    table.add_row(str(demo.report), "all of this as a page; the figures are in summary.json")
+    number = findings.detectors[0].feature if findings.detectors else 0
+    table.add_row(f"r1sae features show {demo.database} {number}", "a feature, in full")
+    table.add_row(f'r1sae features search {demo.database} "Wait"', "features by label or token")
+    table.add_row("r1sae tiny-r1 solve --temperature 1", "more of its thoughts")
+    done = Text(f"Done in {seconds:.0f} s.", style="bold")
+    return [_heading("Go on"), table, Text(), done]
+
+
+__all__ = ["MOMENT_NAMES", "Trace", "show_findings", "show_header", "trace_text"]
