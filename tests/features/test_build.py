@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import duckdb
@@ -267,6 +268,37 @@ def test_a_file_is_replaced_only_on_request_and_only_when_all_went_well(
         assert db.metadata["rows"] == "80"
     with pytest.raises(FileNotFoundError, match="no such folder"):
         FeatureDB.build(tmp_path / "none" / "f.ddb", first)
+
+
+class _StopNow(Exception):
+    """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs a spare signal")
+def test_a_signal_stops_a_build_and_leaves_the_old_file(
+    tmp_path: Path, make_world: Callable[..., World]
+) -> None:
+    path = tmp_path / "f.ddb"
+    codes = make_world(16, sequences=2).write(tmp_path / "codes")
+    FeatureDB.build(path, codes).close()
+    old = path.read_bytes()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _StopNow
+
+    def decode(token: int) -> str:
+        # Half-way through the tokens, on one of DuckDB's threads.
+        signal.raise_signal(signal.SIGALRM)
+        return str(token)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(_StopNow):
+            FeatureDB.build(path, codes, decode=decode, overwrite=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert path.read_bytes() == old
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["codes", "f.ddb"]
 
 
 # Builds, and kills itself where the argument says.

@@ -1,7 +1,10 @@
 """Queries give what sorting the codes by hand gives."""
 
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import duckdb
@@ -221,6 +224,31 @@ def test_export_writes_every_table(database: FeatureDB, tmp_path: Path) -> None:
     database.export(tmp_path / "parquet", overwrite=True)
     assert pq.read_table(files[0]).num_rows
     assert len(list((tmp_path / "parquet").iterdir())) == len(files)
+
+
+class _StopNow(Exception):
+    """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
+def test_a_signal_stops_a_query_within_a_second(database: FeatureDB) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise _StopNow
+
+    before = signal.signal(signal.SIGALRM, stop)
+    start = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(_StopNow):
+            # A million times a million rows: days.
+            database.sql(
+                "SELECT sum(sqrt(a.range) * b.range) FROM range(1000000) a, range(1000000) b"
+            )
+        assert time.monotonic() - start < 0.3 + 1.0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(database.top(1)) == 10
 
 
 def test_several_threads_may_ask(database: FeatureDB) -> None:

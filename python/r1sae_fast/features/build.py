@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from r1sae_fast.atomic import replacing, temporary_name
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
+from r1sae_fast.features.execute import execute
 from r1sae_fast.features.labels import add_labels
 from r1sae_fast.features.schema import FORMAT, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
@@ -48,7 +49,7 @@ def build(
         )
     with _new_database(path) as connection:
         for table, columns in TABLES.items():
-            connection.execute(f"CREATE TABLE {table} ({columns})")
+            execute(connection, f"CREATE TABLE {table} ({columns})")
         builder = _Builder(connection, codes, examples, decode)
         with progress_bar("building", 2 * len(codes), unit="rows", shown=progress) as advance:
             builder.load_tokens(advance)
@@ -58,7 +59,7 @@ def build(
         builder.load_features()
         add_labels(connection, len(codes), codes.d_sae)
         builder.load_meta(metadata)
-        connection.execute("CHECKPOINT")
+        execute(connection, "CHECKPOINT")
 
 
 @contextmanager
@@ -138,8 +139,9 @@ class _Builder:
             "segment": pa.string(),
         }
         with ArrowStream(self._connection, schema, self._token_batches(advance)) as name:
-            self._connection.execute(
-                f"INSERT INTO tokens SELECT * FROM {name} ORDER BY sequence_id, token_idx"
+            execute(
+                self._connection,
+                f"INSERT INTO tokens SELECT * FROM {name} ORDER BY sequence_id, token_idx",
             )
 
     def _token_batches(self, advance: Callable[[float], None]) -> Iterator[list[pa.Array]]:
@@ -192,14 +194,15 @@ class _Builder:
 
     def check_places(self) -> None:
         """Refuses two tokens at one place: activations would join both."""
-        twice = self._connection.execute(
+        twice = execute(
+            self._connection,
             "SELECT sequence_id, token_idx, count(*) FROM tokens GROUP BY ALL HAVING count(*) > 1 "
-            "ORDER BY ALL LIMIT 1"
-        ).fetchone()
-        if twice is not None:
+            "ORDER BY ALL LIMIT 1",
+        )
+        for sequence, place, rows in twice:
             raise ValueError(
-                f"{self._codes.folder}: {twice[2]} rows are at position {twice[1]} of sequence "
-                f"{twice[0]}; expected one (give each text that is encoded its own sequence_id)"
+                f"{self._codes.folder}: {rows} rows are at position {place} of sequence "
+                f"{sequence}; expected one (give each text that is encoded its own sequence_id)"
             )
 
     # -- activations ----------------------------------------------------------------------------
@@ -213,9 +216,10 @@ class _Builder:
             "strength": pa.float32(),
         }
         with ArrowStream(self._connection, schema, self._activation_batches(advance)) as name:
-            self._connection.execute(
+            execute(
+                self._connection,
                 f"INSERT INTO activations SELECT * FROM {name} "
-                "ORDER BY feature_id, strength DESC, sequence_id, token_idx"
+                "ORDER BY feature_id, strength DESC, sequence_id, token_idx",
             )
 
     def _activation_batches(self, advance: Callable[[float], None]) -> Iterator[list[pa.Array]]:
@@ -311,7 +315,7 @@ class _Builder:
         ]
         schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
         with ArrowStream(self._connection, schema, iter([arrays])) as name:
-            self._connection.execute(f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
+            execute(self._connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
 
 
 def _segment_numbers(batch: CodeBatch) -> NDArray[np.int64]:

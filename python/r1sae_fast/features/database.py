@@ -18,10 +18,12 @@ import pyarrow as pa
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.build import Decode, build
 from r1sae_fast.features.contexts import contexts
+from r1sae_fast.features.execute import execute, interruptible
 from r1sae_fast.features.opening import open_for_reading
 from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
 from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.search import search
+from r1sae_fast.features.stream import arrow_table
 from r1sae_fast.features.summary import FeatureSummary, Label
 
 if TYPE_CHECKING:
@@ -259,8 +261,7 @@ class FeatureDB:
         """
         with self._cursor() as cursor:
             try:
-                relation = cursor.sql(query, params=list(parameters or []))
-                table: pa.Table | None = None if relation is None else relation.to_arrow_table()
+                table = interruptible(cursor, lambda: arrow_table(cursor, query, parameters or ()))
             except duckdb.Error as error:
                 raise ValueError(f"SQL: {error}") from None
         if table is None:
@@ -326,7 +327,7 @@ class FeatureDB:
     def _fetch(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         with self._cursor() as cursor:
             try:
-                return cursor.execute(query, list(parameters)).fetchall()
+                return execute(cursor, query, parameters)
             except duckdb.Error as error:
                 raise DatabaseError(f"{self.path}: {error}") from None
 

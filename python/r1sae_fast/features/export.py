@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import pyarrow.parquet as pq
 
 from r1sae_fast.atomic import replacing
+from r1sae_fast.features.execute import interruptible
 from r1sae_fast.features.stream import arrow_reader
 
 
@@ -25,7 +27,8 @@ def export(
         )
     folder.mkdir(parents=True, exist_ok=True)
     for table, file in zip(tables, files, strict=True):
-        reader = arrow_reader(connection.sql(f'SELECT * FROM "{table}"'))
+        rows = connection.sql(f'SELECT * FROM "{table}"')
+        reader = interruptible(connection, partial(arrow_reader, rows))
         with (
             replacing(file) as temporary,
             pq.ParquetWriter(temporary, reader.schema, compression="zstd") as writer,

@@ -27,6 +27,7 @@ from itertools import groupby
 import duckdb
 import pyarrow as pa
 
+from r1sae_fast.features.execute import execute
 from r1sae_fast.features.schema import SEGMENTS
 from r1sae_fast.features.stream import ArrowStream
 from r1sae_fast.features.text import quoted
@@ -96,17 +97,19 @@ def add_labels(connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int) -> 
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
     with ArrowStream(connection, schema, iter([columns])) as name:
-        connection.execute(f"CREATE TEMP TABLE labels AS SELECT * FROM {name}")
-    connection.execute(
+        execute(connection, f"CREATE TEMP TABLE labels AS SELECT * FROM {name}")
+    execute(
+        connection,
         "INSERT INTO autointerp "
         "SELECT feature_id, label, NULL, NULL, ?, ? FROM labels ORDER BY feature_id",
         [MODEL_NAME, PROMPT_VERSION],
     )
-    connection.execute(
+    execute(
+        connection,
         "UPDATE features SET clarity = labels.clarity FROM labels "
-        "WHERE labels.feature_id = features.feature_id"
+        "WHERE labels.feature_id = features.feature_id",
     )
-    connection.execute("DROP TABLE labels")
+    execute(connection, "DROP TABLE labels")
 
 
 def label_of(statistics: Statistics) -> tuple[str, float]:
@@ -177,21 +180,29 @@ def _segment_phrase(segments: tuple[tuple[str, float, float], ...]) -> str:
 
 def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
     # Neighbours are neighbours only where the places follow each other: texts may have gaps.
-    connection.execute("""
+    execute(
+        connection,
+        """
         CREATE TEMP TABLE context AS
         SELECT sequence_id, token_idx, token AS here,
                CASE WHEN lag(token_idx) OVER w = token_idx - 1 THEN lag(token) OVER w END AS before,
                CASE WHEN lead(token_idx) OVER w = token_idx + 1 THEN lead(token) OVER w END AS after
-        FROM tokens WINDOW w AS (PARTITION BY sequence_id ORDER BY token_idx)""")
-    connection.execute(
-        "CREATE TEMP TABLE pairs (feature_id INTEGER, token_offset INTEGER, "
-        "token INTEGER, count BIGINT, weight HUGEINT)"
+        FROM tokens WINDOW w AS (PARTITION BY sequence_id ORDER BY token_idx)""",
     )
-    connection.execute("CREATE TEMP TABLE bases (token_offset INTEGER, token INTEGER, base DOUBLE)")
+    execute(
+        connection,
+        "CREATE TEMP TABLE pairs (feature_id INTEGER, token_offset INTEGER, "
+        "token INTEGER, count BIGINT, weight HUGEINT)",
+    )
+    execute(
+        connection, "CREATE TEMP TABLE bases (token_offset INTEGER, token INTEGER, base DOUBLE)"
+    )
     for offset, column in ((-1, "before"), (0, "here"), (1, "after")):
         # Strengths as integers relative to the feature's largest: sums of integers don't depend
         # on the order in which threads add them, so the choice of tokens doesn't either.
-        connection.execute(f"""
+        execute(
+            connection,
+            f"""
             INSERT INTO pairs
             SELECT a.feature_id, {offset}, c.{column}, count(*),
                    sum(CAST(round(a.strength::DOUBLE / f.max * 1073741824) AS BIGINT))
@@ -199,12 +210,18 @@ def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
             JOIN context c USING (sequence_id, token_idx)
             JOIN features f ON f.feature_id = a.feature_id
             WHERE c.{column} IS NOT NULL
-            GROUP BY ALL""")
-        connection.execute(f"""
+            GROUP BY ALL""",
+        )
+        execute(
+            connection,
+            f"""
             INSERT INTO bases
             SELECT {offset}, {column}, count(*) / sum(count(*)) OVER ()
-            FROM context WHERE {column} IS NOT NULL GROUP BY ALL""")
-    connection.execute(f"""
+            FROM context WHERE {column} IS NOT NULL GROUP BY ALL""",
+        )
+    execute(
+        connection,
+        f"""
         INSERT INTO token_lift
         WITH shares AS (
             SELECT p.feature_id, p.token_offset, p.token, p.count, b.base,
@@ -228,28 +245,33 @@ def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
                base, share / base, score
         FROM ranked LEFT JOIN texts USING (token)
         WHERE rank <= {_KEPT_TOKENS}
-        ORDER BY feature_id, token_offset, rank""")
+        ORDER BY feature_id, token_offset, rank""",
+    )
     for table in ("context", "pairs", "bases"):
-        connection.execute(f"DROP TABLE {table}")
+        execute(connection, f"DROP TABLE {table}")
 
 
 def _labels(
     connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int
 ) -> Iterator[tuple[int, str, float]]:
-    features = connection.execute("""
+    features = execute(
+        connection,
+        """
         SELECT f.feature_id, f.count, f.density, f.density_prompt, f.density_thinking,
                f.density_response
-        FROM features f ORDER BY f.feature_id""").fetchall()
-    distinct = connection.execute("SELECT count(DISTINCT token) FROM tokens").fetchone()
-    comparisons = d_sae * (distinct[0] if distinct else 0) * len(VERBS)
-    in_segment = dict(
-        connection.execute("SELECT segment, count(*) FROM tokens GROUP BY ALL").fetchall()
+        FROM features f ORDER BY f.feature_id""",
     )
-    lifts = connection.execute(f"""
+    distinct = execute(connection, "SELECT count(DISTINCT token) FROM tokens")[0][0]
+    comparisons = d_sae * distinct * len(VERBS)
+    in_segment = dict(execute(connection, "SELECT segment, count(*) FROM tokens GROUP BY ALL"))
+    lifts = execute(
+        connection,
+        f"""
         SELECT feature_id, token_offset, token, decoded_token, count, share, weighted_share,
                base, lift
         FROM token_lift WHERE rank <= {_NAMED_TOKENS}
-        ORDER BY feature_id, token_offset, rank""").fetchall()
+        ORDER BY feature_id, token_offset, rank""",
+    )
     tokens = {
         feature: tuple(TokenLift(*row[1:]) for row in group)
         for feature, group in groupby(lifts, key=lambda row: int(row[0]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 import duckdb
@@ -50,6 +50,14 @@ class ArrowStream:
         except (Exception, KeyboardInterrupt) as error:
             self._error = error
             raise
+
+
+def arrow_table(
+    connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[object]
+) -> pa.Table | None:
+    """A query's rows; None for a statement that has none."""
+    relation = connection.sql(query, params=list(parameters))
+    return None if relation is None else relation.to_arrow_table()
 
 
 def arrow_reader(relation: duckdb.DuckDBPyRelation) -> pa.RecordBatchReader:

@@ -11,6 +11,7 @@ from r1sae_fast.examples import Examples, collect_examples
 from r1sae_fast.shards import CodeWriter
 
 D_SAE, K, ROWS, N = 28_672, 64, 1 << 17, 20
+GROUP = f"examples, {ROWS} rows, k={K}, d_sae={D_SAE}, n={N}"
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,14 @@ def expected(codes: SparseCodes) -> Examples:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_shards(benchmark: Any, folder: Path, expected: Examples, threads: int) -> None:
+    benchmark.group = GROUP
     found = benchmark(collect_examples, folder, N, threads=threads)
     assert found.equal(expected)
 
 
 def test_batches(benchmark: Any, codes: SparseCodes, expected: Examples) -> None:
     batches = [codes[i : i + 4096] for i in range(0, ROWS, 4096)]
+    benchmark.group = GROUP
     found = benchmark(collect_examples, batches, N, threads=1)
     assert found.equal(expected)
 
@@ -64,4 +67,5 @@ def test_torch_sort(benchmark: Any, codes: SparseCodes, expected: Examples) -> N
         strongest = codes.values[order[at.clamp(max=codes.nnz - 1)]]
         return torch.where(used, strongest, 0.0)
 
+    benchmark.group = GROUP
     assert torch.equal(benchmark(by_sorting), expected.strengths)
