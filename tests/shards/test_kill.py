@@ -14,8 +14,8 @@ import pytest
 
 from r1sae_fast.shards import ActivationShards, CodeShards, ManifestWarning
 
-ROWS, WIDTH, PER_SHARD = 3000, 16, 40
-KILLS = 30
+ROWS, WIDTH, PER_SHARD = 2000, 16, 40
+KILLS = 20
 
 # Imports once, then forks a writer for each line that it reads (imports would take most of the
 # time), waits until it opened the folder, kills it after the given seconds, and says its end.
@@ -103,7 +103,7 @@ def test_killed_at_random_moments(place: Path, server: "subprocess.Popen[str]", 
     assert done
     reader = ActivationShards if kind == "activations" else CodeShards
     draw = random.Random(7)
-    latest = took / 8
+    latest = took / 6
     reached = [0]
     for _ in range(KILLS):
         done, _ = run(server, kind, folder, draw.uniform(0, latest))

@@ -64,7 +64,8 @@ fn write_shard(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    run_interruptible(py, |cancel| core_write_shard(&path, tensors, cancel)).map(as_listed)
+    let bytes = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
+    run(py, bytes, |cancel| core_write_shard(&path, tensors, cancel)).map(as_listed)
 }
 
 /// Length and XXH3-64 (16 hex digits) of a file.
