@@ -89,6 +89,8 @@ def test_load_to_another_dtype_and_device(tmp_path: Path) -> None:
     sae.save(tmp_path)
     assert torch.equal(FastSAE.load(tmp_path, dtype=torch.bfloat16).W_dec, sae.W_dec.bfloat16())
     assert FastSAE.load(tmp_path, device="meta").W_dec.device.type == "meta"
+    with pytest.raises(TypeError, match=r"dtype is torch\.int8"):
+        FastSAE.load(tmp_path, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -98,7 +98,10 @@ def test_gradcheck(with_bias: bool) -> None:
         own = SparseCodes(values, codes.indices, codes.row_offsets, 12)
         return ops.decode(own, weight, *bias)
 
-    assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in inputs])
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
 
 
 def test_leading_shapes_empty_rows_and_no_codes() -> None:
@@ -151,13 +154,11 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, with_bias: bool) -> None:
     codes, W_dec, b_dec, upstream = problem(4, 12, 5, 4, dtype)
     own = torch.ops.r1sae_fast
     sparse = (codes.indices, codes.row_offsets)
-    for tensor in (codes.values, W_dec, b_dec):
+    for tensor in (codes.values, W_dec, b_dec, upstream):
         tensor.requires_grad_(gradient)
     bias = b_dec if with_bias else None
     torch.library.opcheck(own.decode.default, (codes.values, *sparse, W_dec, bias))
+    torch.library.opcheck(own.decode_gradient_of_values.default, (upstream, *sparse, W_dec))
     torch.library.opcheck(
-        own.decode_gradient_of_values.default, (upstream, *sparse, W_dec.detach())
-    )
-    torch.library.opcheck(
-        own.decode_gradient_of_weight.default, (upstream, codes.values.detach(), *sparse, 12)
+        own.decode_gradient_of_weight.default, (upstream, codes.values, *sparse, 12)
     )

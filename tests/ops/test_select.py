@@ -191,7 +191,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\); expected \(\) or \(8,\)"):
         ops.threshold(pre, torch.zeros(3))
     with pytest.raises(ValueError, match="meta"):
-        ops.threshold(pre, torch.zeros((), device="meta"))
+        ops.threshold(pre, torch.empty((), device="meta"))
 
 
 def test_bf16_is_compared_with_the_threshold_in_float32() -> None:
@@ -208,6 +208,7 @@ def test_gradients(select: Callable[[torch.Tensor], SparseCodes]) -> None:
     # No two values within eps of each other, nor of 0 or the threshold.
     pre = (torch.randperm(40).double() / 10 - 1.03).reshape(4, 10).requires_grad_()
     assert torch.autograd.gradcheck(lambda p: select(p).values, pre, eps=1e-6)
+    assert torch.autograd.gradgradcheck(lambda p: select(p).values.square(), pre, eps=1e-6)
     single = pre.detach().float().requires_grad_()
     weight = torch.randn(4, 10)
     codes = select(single)

@@ -285,7 +285,27 @@ def test_bad_input(method: str) -> None:
     with pytest.raises(TypeError, match="x is a list"):
         call([[0.0] * 12])
     with pytest.raises(ValueError, match=r"x lies on meta but this SAE on cpu; use x\.to\('cpu'\)"):
-        call(torch.randn(3, 12, device="meta"))
+        call(torch.empty(3, 12, device="meta"))
+
+
+def test_from_tensors_shares_them_and_checks_their_shapes() -> None:
+    sae = make()
+    tensors = {name: tensor.detach() for name, tensor in sae.named_parameters()}
+    twin = FastSAE.from_tensors(sae.config, **tensors)
+    assert twin.W_dec.data_ptr() == sae.W_dec.data_ptr()
+    x = torch.randn(3, 12)
+    assert torch.equal(twin.encode(x), sae.encode(x))
+    assert twin.threshold < 0
+    for changes, text in [
+        ({"W_enc": sae.W_enc.T}, r"W_enc has shape \(30, 12\); expected \(12, 30\)"),
+        ({"W_enc": None}, "W_enc is missing"),
+        ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected \(\) or \(30,\)"),
+        ({"b_enc": sae.b_enc.half()}, r"b_enc is torch\.float16 on cpu but W_dec torch\.float32"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            FastSAE.from_tensors(sae.config, **{**tensors, **changes})
+    with pytest.raises(ValueError, match="expected none, as it is tied"):
+        FastSAE.from_tensors(make(tied=True).config, **tensors)
 
 
 def test_bad_codes() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from r1sae_fast.checkpoints import native
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.sae import FastSAE, SaeConfig
+from r1sae_fast.sae.config import check_dtype
 
 __all__ = ["LOGIC_K", "MATH_K", "load_goodfire_sae", "load_logic_sae", "load_math_sae"]
 
@@ -80,8 +81,11 @@ def load_goodfire_sae(
     d_in, d_sae = weight.shape
     native.check_tensors(state, {"W": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,)}, where)
     # Feature-major: decoding and rescoring read whole features. The one copy that is made.
-    tensors = {"W_dec": weight.T.to(dtype or weight.dtype).contiguous()}
-    tensors |= {name: state[name] for name in ("b_enc", "b_dec")}
+    dtype = weight.dtype if dtype is None else dtype
+    check_dtype(dtype)
+    W_dec = torch.empty(d_sae, d_in, dtype=dtype, device=device)
+    W_dec.copy_(weight.T)
+    tensors = {"W_dec": W_dec, "b_enc": state["b_enc"], "b_dec": state["b_dec"]}
     config = SaeConfig(d_in, d_sae, k, "batch_topk", tied=True)
     return native.build(config, tensors, where, device, dtype)
 

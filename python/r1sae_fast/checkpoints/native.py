@@ -24,6 +24,7 @@ from torch import Tensor
 from r1sae_fast.checkpoints._atomic import replace_file
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.sae import FastSAE, SaeConfig
+from r1sae_fast.sae.config import check_dtype
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "build", "load", "save"]
 
@@ -133,6 +134,7 @@ def build(
 
     Raises:
         CheckpointError: a tensor is missing, unknown, of another shape or not floating.
+        TypeError: a dtype that no SAE has.
     """
     d_in, d_sae = config.d_in, config.d_sae
     expected = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
@@ -140,20 +142,19 @@ def build(
         expected["W_enc"] = (d_in, d_sae)
     check_tensors(tensors, expected, where, optional=("threshold",))
     dtype = tensors["W_dec"].dtype if dtype is None else dtype
+    check_dtype(dtype)
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in expected}
     if not config.tied:
         # Feature-major in memory; see FastSAE.
         state["W_enc"] = state["W_enc"].T.contiguous().T
-    sae = FastSAE(d_in, d_sae, config.k, config.mode, tied=config.tied, device="meta", dtype=dtype)
-    threshold = tensors.get("threshold", torch.tensor(-1.0))
-    if tuple(threshold.shape) not in ((), (d_sae,)):
-        raise CheckpointError(
-            f"{where}: threshold has shape {tuple(threshold.shape)}; expected () or ({d_sae},)"
-        )
-    sae.threshold = torch.empty_like(threshold, dtype=torch.float32, device="meta")
-    state["threshold"] = threshold.to(device=device, dtype=torch.float32)
-    sae.load_state_dict(state, assign=True)
-    return sae
+    threshold = tensors.get("threshold")
+    if threshold is not None:
+        if tuple(threshold.shape) not in ((), (d_sae,)):
+            raise CheckpointError(
+                f"{where}: threshold has shape {tuple(threshold.shape)}; expected () or ({d_sae},)"
+            )
+        state["threshold"] = threshold.to(device=device, dtype=torch.float32)
+    return FastSAE.from_tensors(config, **state)
 
 
 def check_tensors(

@@ -40,6 +40,12 @@ def from_rust(array: NDArray[Any]) -> Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
 
+def raw_from_rust(raw: tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64]]) -> RawCodes:
+    """The codes that a selection in Rust returned."""
+    values, indices, row_offsets = raw
+    return from_rust(values), from_rust(indices), from_rust(row_offsets)
+
+
 def threads() -> int:
     """Rust uses as many threads as torch would."""
     return torch.get_num_threads()
@@ -74,8 +80,8 @@ def as_codes(raw: RawCodes, pre_activations: Tensor) -> SparseCodes:
     return SparseCodes(*raw, d_sae, leading)
 
 
-def empty_codes(pre_activations: Tensor) -> RawCodes:
-    """The fake implementation: shapes and dtypes, where only the run can tell how many codes."""
+def fake_selection(pre_activations: Tensor, *_: object) -> RawCodes:
+    """Every selection's shapes and dtypes; only the run can tell how many codes there are."""
     nnz = torch.library.get_ctx().new_dynamic_size()
     return (
         pre_activations.new_empty(nnz),

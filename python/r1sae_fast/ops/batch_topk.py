@@ -13,6 +13,7 @@ from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops import _common
 from r1sae_fast.ops._common import RawCodes
+from r1sae_fast.ops._register import register
 
 __all__ = ["batch_topk", "batch_topk_reference"]
 
@@ -51,24 +52,18 @@ def batch_topk_reference(pre_activations: Tensor, k: int, check_finite: bool = T
     return _common.raw_codes(values[order], rows, flat[order] % max(d_sae, 1), row_count)
 
 
-@torch.library.custom_op("r1sae_fast::batch_topk", mutates_args=())
-def _batch_topk(
-    pre_activations: Tensor, k: int, check_finite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_topk_reference(pre_activations, k, check_finite)
-
-
-@_batch_topk.register_kernel("cpu")
-def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(pre_activations: Tensor, k: int, check_finite: bool) -> RawCodes:
     if not _common.in_rust(pre_activations):
         return batch_topk_reference(pre_activations, k, check_finite)
     raw = _core.batch_topk(_common.to_rust(pre_activations), k, check_finite, _common.threads())
-    return _common.from_rust(raw[0]), _common.from_rust(raw[1]), _common.from_rust(raw[2])
+    return _common.raw_from_rust(raw)
 
 
-@_batch_topk.register_fake
-def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _common.empty_codes(pre_activations)
-
-
-_batch_topk.register_autograd(_common.selection_backward, setup_context=_common.save_selection)
+_batch_topk = register(
+    "batch_topk(Tensor pre_activations, int k, bool check_finite) -> (Tensor, Tensor, Tensor)",
+    reference=batch_topk_reference,
+    cpu=_cpu,
+    fake=_common.fake_selection,
+    setup_context=_common.save_selection,
+    backward=_common.selection_backward,
+)

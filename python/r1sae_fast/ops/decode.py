@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops import _common
+from r1sae_fast.ops._register import register
 
 __all__ = ["decode", "decode_reference"]
 
@@ -67,15 +67,7 @@ def _dense(values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int) -> 
     return dense.index_put((_common.rows_of(indices, row_offsets), indices.long()), values)
 
 
-@torch.library.custom_op("r1sae_fast::decode", mutates_args=())
-def _decode(
-    values: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None
-) -> Tensor:
-    return decode_reference(values, indices, row_offsets, W_dec, b_dec)
-
-
-@_decode.register_kernel("cpu")
-def _(
+def _decode_cpu(
     values: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
     if not _common.in_rust(values, W_dec, b_dec):
@@ -91,73 +83,19 @@ def _(
     return _common.from_rust(output).reshape(row_offsets.shape[0] - 1, W_dec.shape[1])
 
 
-@_decode.register_fake
-def _(
+def _decode_fake(
     values: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
     return values.new_empty(row_offsets.shape[0] - 1, W_dec.shape[1])
 
 
-@torch.library.custom_op("r1sae_fast::decode_gradient_of_values", mutates_args=())
-def _gradient_of_values(
-    gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor
-) -> Tensor:
-    return (gradient @ W_dec.T)[_common.rows_of(indices, row_offsets), indices.long()]
-
-
-@_gradient_of_values.register_kernel("cpu")
-def _(gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor) -> Tensor:
-    if not _common.in_rust(gradient, W_dec):
-        return (gradient @ W_dec.T)[_common.rows_of(indices, row_offsets), indices.long()]
-    output = _core.decode_gradient_of_values(
-        _common.to_rust(gradient),
-        _common.to_rust(indices),
-        _common.to_rust(row_offsets),
-        _common.to_rust(W_dec),
-        _common.threads(),
-    )
-    return _common.from_rust(output)
-
-
-@_gradient_of_values.register_fake
-def _(gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor) -> Tensor:
-    return gradient.new_empty(indices.shape[0])
-
-
-@torch.library.custom_op("r1sae_fast::decode_gradient_of_weight", mutates_args=())
-def _gradient_of_weight(
-    gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int
-) -> Tensor:
-    return _dense(values, indices, row_offsets, d_sae).T @ gradient
-
-
-@_gradient_of_weight.register_kernel("cpu")
-def _(gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int) -> Tensor:
-    if not _common.in_rust(gradient, values):
-        return _dense(values, indices, row_offsets, d_sae).T @ gradient
-    output = _core.decode_gradient_of_weight(
-        _common.to_rust(gradient),
-        _common.to_rust(values),
-        _common.to_rust(indices),
-        _common.to_rust(row_offsets),
-        d_sae,
-        _common.threads(),
-    )
-    return _common.from_rust(output).reshape(d_sae, gradient.shape[1])
-
-
-@_gradient_of_weight.register_fake
-def _(gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int) -> Tensor:
-    return gradient.new_empty(d_sae, gradient.shape[1])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _decode_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     values, indices, row_offsets, W_dec, b_dec = inputs
     ctx.save_for_backward(values, indices, row_offsets, W_dec)
     ctx.has_bias = b_dec is not None
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _decode_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, indices, row_offsets, W_dec = ctx.saved_tensors
     of_values = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
@@ -169,4 +107,117 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_values, None, None, of_weight, of_bias
 
 
-_decode.register_autograd(_backward, setup_context=_save)
+_decode = register(
+    "decode(Tensor values, Tensor indices, Tensor row_offsets, Tensor W_dec, Tensor? b_dec)"
+    " -> Tensor",
+    reference=decode_reference,
+    cpu=_decode_cpu,
+    fake=_decode_fake,
+    setup_context=_decode_save,
+    backward=_decode_backward,
+)
+
+
+# The two gradients are operations too, each linear in both of its arguments, so that the three
+# are one another's gradients and second derivatives come for free.
+
+
+def _values_reference(
+    gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor
+) -> Tensor:
+    return (gradient @ W_dec.T)[_common.rows_of(indices, row_offsets), indices.long()]
+
+
+def _values_cpu(gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor) -> Tensor:
+    if not _common.in_rust(gradient, W_dec):
+        return _values_reference(gradient, indices, row_offsets, W_dec)
+    output = _core.decode_gradient_of_values(
+        _common.to_rust(gradient),
+        _common.to_rust(indices),
+        _common.to_rust(row_offsets),
+        _common.to_rust(W_dec),
+        _common.threads(),
+    )
+    return _common.from_rust(output)
+
+
+def _values_fake(gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor) -> Tensor:
+    return gradient.new_empty(indices.shape[0])
+
+
+def _values_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradient, indices, row_offsets, W_dec = ctx.saved_tensors
+    of_gradient = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_gradient = _decode(upstream, indices, row_offsets, W_dec, None)
+    if ctx.needs_input_grad[3]:
+        of_weight = _gradient_of_weight(gradient, upstream, indices, row_offsets, W_dec.shape[0])
+    return of_gradient, None, None, of_weight
+
+
+_gradient_of_values = register(
+    "decode_gradient_of_values(Tensor gradient, Tensor indices, Tensor row_offsets, Tensor W_dec)"
+    " -> Tensor",
+    reference=_values_reference,
+    cpu=_values_cpu,
+    fake=_values_fake,
+    setup_context=_values_save,
+    backward=_values_backward,
+)
+
+
+def _weight_reference(
+    gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int
+) -> Tensor:
+    return _dense(values, indices, row_offsets, d_sae).T @ gradient
+
+
+def _weight_cpu(
+    gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int
+) -> Tensor:
+    if not _common.in_rust(gradient, values):
+        return _weight_reference(gradient, values, indices, row_offsets, d_sae)
+    output = _core.decode_gradient_of_weight(
+        _common.to_rust(gradient),
+        _common.to_rust(values),
+        _common.to_rust(indices),
+        _common.to_rust(row_offsets),
+        d_sae,
+        _common.threads(),
+    )
+    return _common.from_rust(output).reshape(d_sae, gradient.shape[1])
+
+
+def _weight_fake(
+    gradient: Tensor, values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int
+) -> Tensor:
+    return gradient.new_empty(d_sae, gradient.shape[1])
+
+
+def _weight_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _weight_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    gradient, values, indices, row_offsets = ctx.saved_tensors
+    of_gradient = of_values = None
+    if ctx.needs_input_grad[0]:
+        of_gradient = _decode(values, indices, row_offsets, upstream, None)
+    if ctx.needs_input_grad[1]:
+        of_values = _gradient_of_values(gradient, indices, row_offsets, upstream)
+    return of_gradient, of_values, None, None, None
+
+
+_gradient_of_weight = register(
+    "decode_gradient_of_weight(Tensor gradient, Tensor values, Tensor indices, Tensor row_offsets,"
+    " SymInt d_sae) -> Tensor",
+    reference=_weight_reference,
+    cpu=_weight_cpu,
+    fake=_weight_fake,
+    setup_context=_weight_save,
+    backward=_weight_backward,
+)

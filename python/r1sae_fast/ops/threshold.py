@@ -12,6 +12,7 @@ from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops import _common
 from r1sae_fast.ops._common import RawCodes
+from r1sae_fast.ops._register import register
 
 __all__ = ["threshold", "threshold_reference"]
 
@@ -63,17 +64,7 @@ def threshold_reference(
     return _common.raw_codes(values[order], rows, columns[order], pre_activations.shape[0])
 
 
-@torch.library.custom_op("r1sae_fast::threshold", mutates_args=())
-def _threshold(
-    pre_activations: Tensor, threshold: Tensor, check_finite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return threshold_reference(pre_activations, threshold, check_finite)
-
-
-@_threshold.register_kernel("cpu")
-def _(
-    pre_activations: Tensor, threshold: Tensor, check_finite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(pre_activations: Tensor, threshold: Tensor, check_finite: bool) -> RawCodes:
     if not _common.in_rust(pre_activations):
         return threshold_reference(pre_activations, threshold, check_finite)
     raw = _core.threshold(
@@ -82,14 +73,15 @@ def _(
         check_finite,
         _common.threads(),
     )
-    return _common.from_rust(raw[0]), _common.from_rust(raw[1]), _common.from_rust(raw[2])
+    return _common.raw_from_rust(raw)
 
 
-@_threshold.register_fake
-def _(
-    pre_activations: Tensor, threshold: Tensor, check_finite: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _common.empty_codes(pre_activations)
-
-
-_threshold.register_autograd(_common.selection_backward, setup_context=_common.save_selection)
+_threshold = register(
+    "threshold(Tensor pre_activations, Tensor threshold, bool check_finite)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=threshold_reference,
+    cpu=_cpu,
+    fake=_common.fake_selection,
+    setup_context=_common.save_selection,
+    backward=_common.selection_backward,
+)

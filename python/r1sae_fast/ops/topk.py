@@ -9,6 +9,7 @@ from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops import _common
 from r1sae_fast.ops._common import RawCodes
+from r1sae_fast.ops._register import register
 
 __all__ = ["topk", "topk_reference"]
 
@@ -46,22 +47,18 @@ def topk_reference(pre_activations: Tensor, k: int, check_finite: bool = True) -
     )
 
 
-@torch.library.custom_op("r1sae_fast::topk", mutates_args=())
-def _topk(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return topk_reference(pre_activations, k, check_finite)
-
-
-@_topk.register_kernel("cpu")
-def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(pre_activations: Tensor, k: int, check_finite: bool) -> RawCodes:
     if not _common.in_rust(pre_activations):
         return topk_reference(pre_activations, k, check_finite)
     raw = _core.topk(_common.to_rust(pre_activations), k, check_finite, _common.threads())
-    return _common.from_rust(raw[0]), _common.from_rust(raw[1]), _common.from_rust(raw[2])
+    return _common.raw_from_rust(raw)
 
 
-@_topk.register_fake
-def _(pre_activations: Tensor, k: int, check_finite: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _common.empty_codes(pre_activations)
-
-
-_topk.register_autograd(_common.selection_backward, setup_context=_common.save_selection)
+_topk = register(
+    "topk(Tensor pre_activations, int k, bool check_finite) -> (Tensor, Tensor, Tensor)",
+    reference=topk_reference,
+    cpu=_cpu,
+    fake=_common.fake_selection,
+    setup_context=_common.save_selection,
+    backward=_common.selection_backward,
+)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
+
 from r1sae_fast.errors import CheckpointError
 
-__all__ = ["MODES", "Mode", "SaeConfig"]
+__all__ = ["MODES", "Mode", "SaeConfig", "check_dtype"]
 
 Mode = Literal["topk", "batch_topk", "threshold"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -15,6 +17,14 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 FORMAT = "r1sae-sae"
 VERSION = 1
 _INT32_MAX = 2**31 - 1
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raises TypeError unless an SAE's parameters can have this dtype."""
+    if dtype not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise TypeError(f"dtype is {dtype}; expected one of {names}")
 
 
 @dataclass(frozen=True)

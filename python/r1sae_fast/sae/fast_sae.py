@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
-from r1sae_fast.sae.config import Mode, SaeConfig
+from r1sae_fast.sae.config import Mode, SaeConfig, check_dtype
 
 __all__ = ["FastSAE"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _UNSET = -1.0
 
 
@@ -70,22 +69,90 @@ class FastSAE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self._config = SaeConfig(d_in, d_sae, k, mode, tied)
-        self.check_finite = check_finite
-        self.metadata: dict[str, Any] = {}
+        config = SaeConfig(d_in, d_sae, k, mode, tied)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _DTYPES:
-            names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
-            raise TypeError(f"dtype is {dtype}; expected one of {names}")
-        unset = torch.full((), _UNSET, device=device, dtype=torch.float32)
-        self.register_buffer("threshold", unset)
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype))
-        if not tied:
-            feature_major = torch.empty(d_sae, d_in, device=device, dtype=dtype)
-            self.W_enc = nn.Parameter(feature_major.T)
-        self.b_enc = nn.Parameter(torch.empty(d_sae, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.empty(d_in, device=device, dtype=dtype))
+        check_dtype(dtype)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        encoder = None if tied else empty(d_sae, d_in).T
+        self._set_up(config, empty(d_sae, d_in), empty(d_sae), empty(d_in), encoder, None)
+        self.check_finite = check_finite
         self.reset_parameters()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: SaeConfig,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        W_enc: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> FastSAE:
+        """An SAE around these very tensors: no copy, no random numbers.
+
+        Args:
+            config: sizes, k, mode, tying.
+            W_dec, b_enc, b_dec: ``[d_sae, d_in]``, ``[d_sae]``, ``[d_in]``, one dtype and device.
+            W_enc: ``[d_in, d_sae]``, unless tied; best feature-major (the transpose of a
+                contiguous tensor).
+            threshold: ``[]`` or ``[d_sae]``; default not calibrated.
+
+        Raises:
+            TypeError: a dtype that no SAE has.
+            ValueError: a shape that doesn't fit ``config``, or several dtypes or devices.
+        """
+        check_dtype(W_dec.dtype)
+        d_in, d_sae = config.d_in, config.d_sae
+        expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
+            "W_dec": (W_dec, [(d_sae, d_in)]),
+            "b_enc": (b_enc, [(d_sae,)]),
+            "b_dec": (b_dec, [(d_in,)]),
+            "W_enc": (W_enc, [] if config.tied else [(d_in, d_sae)]),
+            "threshold": (threshold, [(), (d_sae,)]),
+        }
+        for name, (tensor, shapes) in expected.items():
+            if tensor is None:
+                if name == "W_enc" and not config.tied:
+                    raise ValueError("W_enc is missing; an SAE that isn't tied needs it")
+            elif tuple(tensor.shape) not in shapes:
+                wanted = " or ".join(map(str, shapes)) or "none, as it is tied"
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
+            elif name != "threshold" and (tensor.dtype, tensor.device) != (
+                W_dec.dtype,
+                W_dec.device,
+            ):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device} but W_dec {W_dec.dtype} on "
+                    f"{W_dec.device}; they must agree"
+                )
+        sae = cls.__new__(cls)
+        nn.Module.__init__(sae)
+        sae._set_up(config, W_dec, b_enc, b_dec, W_enc, threshold)
+        return sae
+
+    def _set_up(
+        self,
+        config: SaeConfig,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        W_enc: Tensor | None,
+        threshold: Tensor | None,
+    ) -> None:
+        self._config = config
+        self.check_finite = True
+        self.metadata: dict[str, Any] = {}
+        if threshold is None:
+            threshold = torch.full((), _UNSET, device=W_dec.device)
+        self.register_buffer("threshold", threshold.to(torch.float32))
+        self.W_dec = nn.Parameter(W_dec)
+        if W_enc is not None:
+            self.W_enc = nn.Parameter(W_enc)
+        self.b_enc = nn.Parameter(b_enc)
+        self.b_dec = nn.Parameter(b_dec)
 
     def reset_parameters(self) -> None:
         """Random unit rows of W_dec (torch's global generator), W_enc its transpose, no biases."""
