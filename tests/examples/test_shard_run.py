@@ -187,22 +187,24 @@ def test_a_signal_stops_the_core_within_a_second(tmp_path: Path) -> None:
     assert accumulator.scanned == rows
 
 
-# Imports once, then runs each request in a fork, which the test kills.
+# Imports once, then runs each request in a fork, which it kills after the time asked for.
 _SERVER = """
-import os, sys
+import os, signal, sys, time
 from pathlib import Path
 from r1sae_fast.examples import collect_examples, shard_run
 shard_run._GROUP_NNZ = 1
-folder, checkpoint, result = map(Path, sys.argv[1:])
+folder = Path(sys.argv[1])
 print("ready", flush=True)
-for _ in sys.stdin:
+for line in sys.stdin:
+    name, seconds = line.split()
     child = os.fork()
     if child == 0:
-        collect_examples(
-            folder, n=7, threads=2, checkpoint=checkpoint, checkpoint_seconds=0
-        ).save(result)
+        checkpoint = folder.with_name(name)
+        collect_examples(folder, n=7, threads=2, checkpoint=checkpoint, checkpoint_seconds=0)
         os._exit(0)
-    print(child, flush=True)
+    if float(seconds) >= 0:
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -233,28 +235,37 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
     assert server.stdin is not None
     assert server.stdout is not None
     assert server.stdout.readline() == "ready\n"
-    moments = random.Random(5)
-    killed = reached = 0
-    for attempt in range(60):
-        server.stdin.write("go\n")
+
+    def run(checkpoint: str, seconds: float = -1) -> int:
+        """A run, killed after so long unless negative; its exit status."""
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(f"{checkpoint} {seconds}\n")
         server.stdin.flush()
-        child = int(server.stdout.readline())
-        if attempt < 20:
-            time.sleep(moments.uniform(0, 0.06))
-            os.kill(child, signal.SIGKILL)
-        status = int(server.stdout.readline())
+        return int(server.stdout.readline())
+
+    start = time.monotonic()
+    assert run("undisturbed") == 0
+    whole = time.monotonic() - start
+
+    moments = random.Random(5)
+    reached: list[int] = []
+    while len(reached) < 20:
+        # A little further each time, so that about all of the run sees kills.
+        status = run("killed", moments.uniform(0, 0.2 * whole))
         if status == 0:
             break
         assert status == -signal.SIGKILL
-        killed += 1
-        if (tmp_path / "check").exists():
-            # A checkpoint is whole at any moment, and never goes back.
-            scanned = Examples.load(tmp_path / "check").scanned
-            assert scanned % 50 == 0
-            assert scanned >= reached
-            reached = scanned
-    assert killed >= 5
-    assert Examples.load(tmp_path / "out").equal(collect_examples(codes, n=7))
+        checkpoint = tmp_path / "killed"
+        # A checkpoint is whole at any moment, and never goes back.
+        reached.append(Examples.load(checkpoint).scanned if checkpoint.exists() else 0)
+        assert reached[-1] % 50 == 0
+        assert reached == sorted(reached)
+    assert run("killed") == 0
+    assert len(set(reached)) >= 4
+    expected = collect_examples(codes, n=7)
+    for name in ("undisturbed", "killed"):
+        assert Examples.load(tmp_path / name).equal(expected)
 
 
 def test_the_command(tmp_path: Path) -> None:
