@@ -121,7 +121,8 @@ def test_the_wheel_names_its_script_and_licence(wheel: Path) -> None:
 def test_the_sdist_holds_every_source(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rust").rglob("*.rs")}
+    crates = (ROOT / "rust" / name for name in ("core", "python"))
+    sources = {p.relative_to(ROOT).as_posix() for crate in crates for p in crate.rglob("*.rs")}
     sources |= {f"python/{name}" for name in package_files()}
     sources |= {"Cargo.toml", "Cargo.lock", "pyproject.toml", "LICENSE", "README.md", "PKG-INFO"}
     assert sources - packed == set()
