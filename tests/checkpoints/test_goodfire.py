@@ -15,6 +15,8 @@ from r1sae_fast import load_logic_sae, load_math_sae
 from r1sae_fast.checkpoints import load_goodfire_sae
 from r1sae_fast.errors import CheckpointError
 
+# A folder with the release's math/ and logic/ .pt files (1.2 GB), where someone has them.
+RELEASED = os.environ.get("R1SAE_RELEASED_SAES", "")
 SAMPLE = Path(__file__).parents[2].parent / "shared" / "data" / "sample_acts.pt"
 
 
@@ -234,6 +236,32 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         load_math_sae(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="is not a file"):
         load_logic_sae(tmp_path)
+
+
+@pytest.mark.skipif(not RELEASED, reason="R1SAE_RELEASED_SAES names no folder")
+@pytest.mark.skipif(not SAMPLE.exists(), reason="the sample activation is not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "indices", "values"),
+    [
+        (
+            "math",
+            [7464, 3477, 15072, 21848, 4672, 22456, 14579, 16269, 4041, 4002],
+            [1.117, 0.797, 0.75],
+        ),
+        (
+            "logic",
+            [26850, 14306, 24913, 11430, 11884, 18632, 5205, 17394, 16129, 13864],
+            [2.4509, 1.3170, 1.0869, 1.0192],
+        ),
+    ],
+)
+def test_the_releases_notebook(name: str, indices: list[int], values: list[float]) -> None:
+    """What the release's notebook prints for its sample activation."""
+    loader = load_math_sae if name == "math" else load_logic_sae
+    sae = loader(Path(RELEASED) / name / "DeepSeek-R1-SAE-l37.pt")
+    codes = sae.encode_sparse(torch.load(SAMPLE, weights_only=True))
+    assert codes.indices[:10].tolist() == indices
+    assert codes.values[: len(values)].tolist() == pytest.approx(values, abs=5e-3)
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason="the sample activation is not beside this checkout")
