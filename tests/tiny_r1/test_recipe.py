@@ -1,13 +1,14 @@
 """The optimiser's mathematics, and that a run resumes to the bit."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from r1sae_fast.errors import CheckpointError
+from r1sae_fast.errors import CheckpointError, ShardError
 from r1sae_fast.tiny_r1.muon import Optimizer, orthogonalise
 from r1sae_fast.tiny_r1.recipe import Recipe, Training
 
@@ -52,8 +53,11 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
@@ -62,16 +66,30 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = Training(SMALL, tmp_path / "whole")
     whole.run(lambda figures: None)
     first = Training(SMALL, tmp_path / "parts")
-    first.run(lambda figures: None, until=3)
+    first.run(lambda figures: None, until=3, report_every=1)
+    with pytest.raises(ShardError, match="writer"):
+        Training(SMALL, tmp_path / "parts")
+    first.lock.release()
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5}\n{"step": 6, "lo')  # a run killed after its last saved state
     second = Training(SMALL, tmp_path / "parts")
     assert second.step == 3
+    steps = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in steps] == [1, 2, 3]
     second.run(lambda figures: None)
     for name, tensor in whole.master_state().items():
         assert torch.equal(tensor, second.master_state()[name]), name
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6
+    second.lock.release()
     with pytest.raises(CheckpointError, match="another recipe"):
         Training(replace(SMALL, seed=5), tmp_path / "parts")
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"state\.safetensors: .*damaged"):
+        Training(SMALL, tmp_path)
 
 
 def test_training_learns(tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def _show(result: "Evaluation") -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="The run's folder; run again, it goes on.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the whole run.")] = 5000,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps of the whole run. Default: the recipe's."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     compiled: Annotated[
@@ -140,7 +143,8 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    training = Training(Recipe(seed=seed, steps=steps), out, compiled=compiled)
+    recipe = Recipe(seed=seed) if steps is None else Recipe(seed=seed, steps=steps)
+    training = Training(recipe, out, compiled=compiled)
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -150,7 +154,7 @@ def train(
     from rich.console import Console
 
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("loss -", total=steps, completed=training.step)
+        task = bar.add_task("loss -", total=recipe.steps, completed=training.step)
 
         def report(figures: dict[str, float]) -> None:
             speed = figures["tokens_per_second"]

@@ -137,10 +137,11 @@ def _tokenizer(engine: LocalEngine) -> Tokenizer:
 def _wait_probability(
     engine: LocalEngine,
     written: list[Generation],
+    otherwise: float,
     progress: Callable[[int, int, str], None],
 ) -> list[float]:
-    """P("Wait") right after the first comparison that the model wrote to each cut trace; 0 where
-    it wrote none."""
+    """P("Wait") right after the first comparison that the model wrote to each cut trace;
+    ``otherwise``, the worst case, where it wrote none."""
     tokenizer = _tokenizer(engine)
     period, wait, compare = (tokenizer.encode(text)[0] for text in (".", " Wait", " Compare"))
     found: list[float] = []
@@ -158,7 +159,7 @@ def _wait_probability(
         padded = [tokens + [0] * (max(lengths) - len(tokens)) for tokens in cut]
         logits = engine.logits(padded, lengths=lengths).softmax(-1)[..., wait]
         found += [
-            float(row[length - 1]) if length else 0.0
+            float(row[length - 1]) if length else otherwise
             for row, length in zip(logits, lengths, strict=True)
         ]
         progress(len(found), len(written), "reading P(Wait)")
@@ -197,7 +198,7 @@ def evaluate(
         ]
         what = "going on after a wrong step" if slip else "going on after a right step"
         written = _complete(engine, chosen, prefixes, progress, what)
-        waits[slip] = _wait_probability(engine, written, progress)
+        waits[slip] = _wait_probability(engine, written, 0.0 if slip else 1.0, progress)
         if slip:
             repaired = sum(map(_answers, chosen, written))
     return Evaluation(

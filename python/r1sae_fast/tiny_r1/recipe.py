@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from r1sae_fast import _core
+from r1sae_fast.atomic import replacing, write_bytes
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.r1.attention import LatentAttention
 from r1sae_fast.r1.config import R1Config
@@ -58,7 +59,7 @@ class Recipe:
     """Everything that decides the weights."""
 
     seed: int = 0
-    steps: int = 6000
+    steps: int = 2600
     batch_size: int = 48
     slip_rate: float = 0.3
     warm_up: int = 50
@@ -123,7 +124,7 @@ def quick_check(model: R1Model, batch: Batch, doubt: int) -> dict[str, float]:
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     losses = losses.view_as(targets) * batch.weights
     doubts = logits.softmax(-1)[..., doubt]
-    results = batch.weights == LossWeights().result
+    results = (batch.weights == LossWeights().result) & (batch.decisions == 0)
     hits = logits.argmax(-1) == targets
     # A trace that is right at every trained token is what greedy decoding would write itself.
     clean = (hits | (batch.weights < 0.5)).all(-1)
@@ -168,6 +169,8 @@ class Training:
 
     def __init__(self, recipe: Recipe, directory: Path, *, compiled: bool = False) -> None:
         self.recipe, self.directory = recipe, directory
+        # Held for as long as the run lives: a second one would overwrite its states.
+        self.lock = _core.FolderLock(directory)
         self.step = 0
         self.tokenizer = vocabulary.build()
         self.model = R1Model(CONFIG)
@@ -203,30 +206,42 @@ class Training:
 
     def _restore(self) -> None:
         path = self.directory / "state.safetensors"
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("identity") != self._identity():
-                raise CheckpointError(
-                    f"{path}: this run was started with another recipe; "
-                    "use an empty folder, or the same options"
-                )
-            self.step = int(metadata["step"])
-            for name, tensor in {**self.optimizer.state, **self._biases()}.items():
-                tensor.copy_(file.get_tensor(name))
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("identity") != self._identity():
+                    raise CheckpointError(
+                        f"{path}: this run was started with another recipe; "
+                        "use an empty folder, or the same options"
+                    )
+                self.step = int(metadata["step"])
+                for name, tensor in {**self.optimizer.state, **self._biases()}.items():
+                    tensor.copy_(file.get_tensor(name))
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: not the state of a run, or damaged ({error}); "
+                "remove it to start anew, or restore it from a copy"
+            ) from None
+        self._forget_later_metrics()
         self.optimizer.steps = self.step
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.optimizer.state[f"master.{name}"])
 
+    def _forget_later_metrics(self) -> None:
+        """Drops what a killed run noted after its last saved state; it is about to come again."""
+        path = self.directory / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith(b"\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
+            write_bytes(path, b"".join(kept))
+
     def save(self) -> None:
         """Writes the state beside the old one, then swaps them."""
-        path = self.directory / "state.safetensors"
-        temporary = path.with_suffix(".tmp")
         tensors = {**self.optimizer.state, **self._biases()}
-        save_file(tensors, temporary, {"step": str(self.step), "identity": self._identity()})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(self.directory / "state.safetensors") as temporary:
+            save_file(tensors, temporary, {"step": str(self.step), "identity": self._identity()})
 
     def master_state(self) -> dict[str, Tensor]:
         """The model's tensors at full precision, under ``R1Model.state_dict()`` names."""
