@@ -271,3 +271,10 @@ def test_bad_arguments(
 def test_batches_larger_than_the_data(shards: ActivationShards) -> None:
     assert len(order(shards.loader(1000))) == ROWS
     assert order(shards.loader(1000, drop_last=True, epochs=None)) == []
+
+
+def test_the_first_three_arguments_by_place(shards: ActivationShards) -> None:
+    assert order(shards.loader(10, True, 3)) == order(shards.loader(10, shuffle=True, seed=3))
+    assert order(shards.loader(10, False, 0)) == list(range(ROWS))
+    with pytest.raises(TypeError, match="positional argument"):
+        shards.loader(10, True, 3, True)  # type: ignore[call-arg]

@@ -102,6 +102,51 @@ def test_numbers_beyond_float16(folder: Path) -> None:
     assert float(ActivationShards(folder)[3].activations.max()) == 65504
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e300])
+def test_numbers_beyond_float32(folder: Path, dtype: str, value: float) -> None:
+    with ActivationWriter(folder, 4, dtype, rows_per_shard=2) as writer:
+        with pytest.raises(ValueError, match=r"in row 3, more than torch\."):
+            writer.write(with_value(value, dtype=torch.float64))
+        assert writer.pending == 0
+        writer.write(with_value(3e38, dtype=torch.float64))
+    found = ActivationShards(folder)[:].activations
+    assert bool(found.isfinite().all())
+    assert float(found.max()) == pytest.approx(3e38, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_columns_of_unsigned_tensors(folder: Path, dtype: torch.dtype) -> None:
+    values = torch.tensor([0, 7, 255]).to(dtype)
+    with ActivationWriter(folder, 4) as writer:
+        writer.write(rows(0, 3), values, values, values, values)
+        writer.write(rows(3, 5), values[2], position=values[:2])
+    batch = ActivationShards(folder)[:]
+    assert batch.tokens.tolist() == [0, 7, 255, 255, 255]
+    assert batch.sequence_id.tolist() == [0, 7, 255, -1, -1]
+    assert batch.position.tolist() == [0, 7, 255, 0, 7]
+    assert batch.segment.tolist() == [0, 7, 255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "says"),
+    [
+        ("segment", 256, torch.uint16, "segment goes from 256 to 256; expected 0 to 255"),
+        ("tokens", 2**31, torch.uint32, "tokens goes from 2147483648"),
+        ("position", 2**40, torch.uint64, "position goes from 1099511627776"),
+        ("sequence_id", -1, torch.uint64, "holds 18446744073709551615, more than a 64-bit"),
+    ],
+)
+def test_unsigned_tensors_out_of_range(
+    folder: Path, name: str, value: int, dtype: torch.dtype, says: str
+) -> None:
+    column = torch.tensor([value]).to(dtype)
+    with ActivationWriter(folder, 4) as writer:
+        with pytest.raises(ValueError, match=says):
+            writer.write(rows(0, 1), **{name: column})
+        assert writer.pending == 0
+
+
 def test_check_can_be_turned_off(folder: Path) -> None:
     with ActivationWriter(folder, 4, "bfloat16", check_finite=False) as writer:
         writer.write(with_value(NAN))
@@ -299,12 +344,63 @@ def test_what_a_crash_leaves_is_removed(folder: Path) -> None:
     lines = manifest.read_bytes().splitlines(keepends=True)
     manifest.write_bytes(b"".join(lines[:-1]))
     (folder / "shard-000001.safetensors.tmp").write_bytes(b"half")
-    (folder / "shard-000007.safetensors").write_bytes(b"unlisted")
     (folder / "notes.txt").write_text("mine")
     assert tokens(folder) == [0, 1]
     with ActivationWriter(folder, 4, resume=True) as writer:
         assert writer.rows == 2
     assert listing(folder) == [".lock", "manifest.jsonl", "notes.txt", "shard-000000.safetensors"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("shards", [1, 5])
+def test_shards_without_their_manifest_are_kept(folder: Path, shards: int, resume: bool) -> None:
+    with ActivationWriter(folder, 4, rows_per_shard=1) as writer:
+        writer.write(rows(0, shards))
+    (folder / "manifest.jsonl").unlink()
+    before = contents(folder)
+    says = rf"holds shard-000000\.safetensors \({shards} shards in all\) but no manifest\.jsonl"
+    for kind in (ActivationWriter, CodeWriter):
+        with pytest.raises(FileExistsError, match=says):
+            kind(folder, 4, resume=resume)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"file": "sh'])
+def test_shards_that_an_older_manifest_does_not_list_are_kept(folder: Path, tail: bytes) -> None:
+    with ActivationWriter(folder, 4, rows_per_shard=2) as writer:
+        writer.write(rows(0, 10), tokens=range(10))
+    manifest = folder / "manifest.jsonl"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]) + tail)
+    (folder / "shard-000004.safetensors.tmp").write_bytes(b"half")
+    before = contents(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ManifestWarning)
+        with pytest.raises(ShardError, match=r"shard-000003\.safetensors: not listed .* 2 shards"):
+            ActivationWriter(folder, 4, resume=True)
+    assert contents(folder) == before
+    manifest.write_bytes(whole)  # as the message advises
+    with ActivationWriter(folder, 4, resume=True) as writer:
+        assert writer.rows == 10
+    assert tokens(folder) == list(range(10))
+
+
+@pytest.mark.parametrize("name", ["shard-000123.safetensors", "shard-0000002.safetensors"])
+def test_foreign_shards_are_kept(folder: Path, name: str) -> None:
+    with ActivationWriter(folder, 4, rows_per_shard=2) as writer:
+        writer.write(rows(0, 4), tokens=range(4))
+    (folder / name).write_bytes(b"not ours")
+    before = contents(folder)
+    with pytest.raises(ShardError, match=f"{name}: not listed"):
+        ActivationWriter(folder, 4, resume=True)
+    assert contents(folder) == before
+    (folder / name).unlink()
+    with ActivationWriter(folder, 4, resume=True):  # the refusal gave the folder free
+        pass
 
 
 def test_a_crash_before_the_manifest(folder: Path) -> None:

@@ -157,19 +157,21 @@ class ActivationWriter(FolderWriter):
                     f"activations hold a NaN or infinite value in row {row} of {given.shape[0]}; "
                     "remove or mask that row, or write with check_finite=False"
                 )
-        if self._dtype == torch.float8_e4m3fn:
-            return quantize_fp8(given)
-        stored = given.to("cpu", self._dtype)
-        narrower = torch.finfo(self._dtype).max < torch.finfo(given.dtype).max
-        if self._check_finite and narrower:
-            row = first_non_finite(stored)
+        fp8 = self._dtype == torch.float8_e4m3fn
+        # fp8 has a scale a row, so what it can hold is a matter of float32.
+        held = torch.float32 if fp8 else self._dtype
+        cast = given.to("cpu", held)
+        limit = torch.finfo(held).max
+        if self._check_finite and limit < torch.finfo(given.dtype).max:
+            row = first_non_finite(cast)
             if row is not None:
-                limit = torch.finfo(self._dtype).max
+                narrow = held == torch.float16
+                way_out = "write with dtype='bfloat16' or 'float32'" if narrow else "scale it down"
                 raise ValueError(
                     f"activations reach {float(given[row].abs().max()):g} in row {row}, more than "
-                    f"{self._dtype} can hold ({limit:g}); write with dtype='bfloat16' or 'float32'"
+                    f"{held} can hold ({limit:g}); {way_out}"
                 )
-        return stored, None
+        return quantize_fp8(cast) if fp8 else (cast, None)
 
     def _tensors(self, rows: int) -> list[tuple[str, str, list[int], Any]]:
         bytes_ = as_bytes(self._activations.get(rows))
@@ -262,9 +264,9 @@ class ActivationShards(ShardFolder):
     def loader(
         self,
         batch_size: int,
-        *,
         shuffle: bool = True,
         seed: int = 0,
+        *,
         drop_last: bool = False,
         epochs: int | None = 1,
     ) -> ShardLoader:

@@ -23,6 +23,9 @@ COLUMNS: dict[str, tuple[torch.dtype, str, int]] = {
     "segment": (torch.uint8, "U8", UNKNOWN),
 }
 
+# torch can neither compare these nor find their extremes; numpy can.
+_UNSIGNED = {torch.uint16, torch.uint32, torch.uint64}
+
 
 def to_column(name: str, value: IntColumn, rows: int) -> Tensor:
     """``value`` as the column ``name`` of ``rows`` rows, checked.
@@ -55,7 +58,9 @@ def to_column(name: str, value: IntColumn, rows: int) -> Tensor:
 
 def _to_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        if value.dtype not in _UNSIGNED:
+            return value.detach().cpu()
+        value = value.cpu().numpy()
     try:
         array = np.asarray(value)
     except ValueError as error:

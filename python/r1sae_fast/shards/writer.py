@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _OURS = re.compile(r"\.lock|manifest\.jsonl(\.tmp)?|shard-\d{6,}\.safetensors(\.tmp)?")
-_SHARD = re.compile(r"shard-(\d{6,})\.safetensors(\.tmp)?")
+_SHARD = re.compile(r"shard-\d{6,}\.safetensors")
+_TEMPORARY = re.compile(r"shard-\d{6,}\.safetensors\.tmp")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -136,7 +137,7 @@ class FolderWriter:
         if self._pending == 0 and plain is None:
             return
         rows = self._pending
-        name = f"shard-{self.shards:06d}.safetensors"
+        name = _shard_name(self.shards)
         columns = [
             (column, dtype, [rows], as_bytes(self._columns[column].get(rows)))
             for column, (_, dtype, _) in COLUMNS.items()
@@ -249,18 +250,26 @@ def _refuse_foreign(folder: Path) -> None:
         raise NotADirectoryError(f"{folder}: not a folder; give a folder for the shards")
     if not folder.exists() or (folder / MANIFEST).exists():
         return
-    foreign = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if not _OURS.fullmatch(name)]
     if foreign:
         raise FileExistsError(
             f"{folder}: not empty and not a folder of shards (it holds {foreign[0]!r}); "
             "give an empty or a new folder"
+        )
+    # The manifest comes before the first shard, so no crash of a writer leaves this.
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    if shards:
+        raise FileExistsError(
+            f"{folder}: holds {shards[0]} ({len(shards)} shards in all) but no {MANIFEST}; "
+            f"restore the {MANIFEST}, or give an empty or a new folder"
         )
 
 
 def _open_manifest(folder: Path, header: Header, same_metadata: bool, resume: bool) -> Manifest:
     """The manifest to go on with, cleared of what a crash left."""
     if not (folder / MANIFEST).exists():
-        _remove_leftovers(folder, 0)
+        _remove_leftovers(folder, [])
         return Manifest.create(folder, header)
     if not resume:
         raise FileExistsError(
@@ -277,14 +286,14 @@ def _open_manifest(folder: Path, header: Header, same_metadata: bool, resume: bo
                 f"{path}: {found}, the manifest says {entry.bytes} bytes; restore the file "
                 "before appending"
             )
-        if entry.file != f"shard-{number:06d}.safetensors":
+        if entry.file != _shard_name(number):
             raise ShardError(
                 f"{path}: shard number {number} of the manifest is named otherwise than this "
                 "writer would; append to a folder that it wrote"
             )
+    _remove_leftovers(folder, manifest.entries)
     if manifest.torn:
         manifest.truncate()
-    _remove_leftovers(folder, len(manifest.entries))
     return manifest
 
 
@@ -304,9 +313,26 @@ def _require_same(folder: Path, found: Header, wanted: Header, same_metadata: bo
             )
 
 
-def _remove_leftovers(folder: Path, shards: int) -> None:
-    """Removes what a crash left: temporary files, and shards that were never listed."""
-    for path in folder.iterdir():
-        match = _SHARD.fullmatch(path.name)
-        if match and (match[2] or int(match[1]) >= shards):
-            path.unlink()
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.safetensors"
+
+
+def _remove_leftovers(folder: Path, entries: Sequence[Entry]) -> None:
+    """Removes what a crash leaves: temporary files, and the one shard that was not yet listed.
+
+    A writer lists each shard before it writes the next, so any other unlisted shard tells that
+    lines of the manifest are lost. Then nothing is removed.
+    """
+    following = _shard_name(len(entries))
+    known = {following, *(entry.file for entry in entries)}
+    names = sorted(path.name for path in folder.iterdir())
+    unlisted = [name for name in names if _SHARD.fullmatch(name) and name not in known]
+    if unlisted:
+        raise ShardError(
+            f"{folder / unlisted[0]}: not listed by the manifest, which has {len(entries)} shards; "
+            f"a crash leaves at most {following} unlisted, so nothing was removed; restore the "
+            f"latest {MANIFEST}, or move unlisted shards out of the folder"
+        )
+    for name in names:
+        if name == following or _TEMPORARY.fullmatch(name):
+            (folder / name).unlink()
