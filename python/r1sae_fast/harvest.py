@@ -84,7 +84,8 @@ def harvest(
     """Writes the residual stream after block ``layer`` of every token to activation shards.
 
     Rows carry tokens, ``sequence_id`` (the prompt's number), ``position`` and ``segment``.
-    ctrl-c keeps every finished batch; after anything worse, work since the last shard is repeated.
+    ctrl-c, a bad prompt or any other error keeps every finished batch; only after a full disk or
+    a kill is work since the last shard repeated.
 
     Args:
         engine: the model. In mode "prefill" it need not be loaded beyond ``layer``.
@@ -173,8 +174,9 @@ def harvest(
                     finish()
                 if progress is not None:
                     progress(state())
-        except KeyboardInterrupt:
-            # Only rows of finished batches are kept, so that going on changes nothing.
+        except BaseException:
+            # Only rows of finished batches are kept, so that going on changes nothing. A shard
+            # that could not be written is not tried again: it counts as no finished batches.
             if whole and whole == writer.pending:
                 finish()
             raise

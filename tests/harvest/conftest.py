@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,6 @@ import torch
 from r1sae_fast.r1 import LocalEngine, R1Config, R1Model, write_checkpoint
 from r1sae_fast.r1.config import YarnScaling
 from r1sae_fast.tiny_r1 import vocabulary
-
-torch.set_num_threads(1)
 
 CONFIG = R1Config(
     vocab_size=512,
@@ -33,6 +32,15 @@ CONFIG = R1Config(
     max_position_embeddings=160,
     rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=64),
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A small model gains nothing from more; other rooms' tests get theirs back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from r1sae_fast import _core
 from r1sae_fast.errors import NonFiniteError, ShardError
 from r1sae_fast.harvest import HarvestProgress, harvest
 from r1sae_fast.r1 import LocalEngine
@@ -297,6 +299,7 @@ def test_bad_arguments_write_nothing(
 def test_bad_prompts_are_named_and_cost_nothing(engine: LocalEngine, tmp_path: Path) -> None:
     """The 7th prompt is bad: what was finished before stays, and its number is said."""
     good = prompts(11)
+    unbounded = {name: value for name, value in QUICK.items() if name != "rows_per_shard"}
     answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     for number, (bad, mode, message) in enumerate(
         (
@@ -312,10 +315,67 @@ def test_bad_prompts_are_named_and_cost_nothing(engine: LocalEngine, tmp_path: P
         folder = tmp_path / str(number)
         given: list[Any] = [*good[:6], bad, *good[7:]]
         with pytest.raises(ValueError, match=message):
-            harvest(engine, given, 1, folder, mode=mode, **{**QUICK, "rows_per_shard": 1})  # type: ignore[arg-type]  # a str
+            harvest(engine, given, 1, folder, mode=mode, **unbounded)  # type: ignore[arg-type]  # a str
         assert [entry["extra"]["sequences"] for entry in entries(folder)] == [4]
         result = harvest(engine, good, 1, folder, mode=mode, **QUICK)  # type: ignore[arg-type]  # a str
         assert result.sequences == 11
+
+
+class _Stopped(Exception):
+    pass
+
+
+def fails_at(number: int, real: Callable[..., Any]) -> Callable[..., Any]:
+    """``real``, but for the call of that number."""
+    calls = count(1)
+
+    def function(*args: Any) -> Any:
+        if next(calls) == number:
+            raise _Stopped
+        return real(*args)
+
+    return function
+
+
+@pytest.mark.parametrize("place", ["prompts", "progress", "model"])
+def test_any_error_keeps_the_finished_batches(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """With shards of the default size, which the prompts don't fill; going on is exact."""
+    settings = {name: value for name, value in QUICK.items() if name != "rows_per_shard"}
+    given, progress = iter(prompts(11)), None
+    with monkeypatch.context() as patch:
+        if place == "prompts":
+            given = map(fails_at(10, str), given)
+        elif place == "progress":
+            progress = fails_at(2, print)
+        else:
+            patch.setattr(engine, "residuals", fails_at(3, engine.residuals))
+        with pytest.raises(_Stopped):
+            harvest(engine, given, 1, tmp_path / "a", progress=progress, **settings)
+    assert [entry["extra"]["sequences"] for entry in entries(tmp_path / "a")] == [8]
+    result = harvest(engine, prompts(11), 1, tmp_path / "a", **settings)
+    assert result.sequences == 11
+    harvest(engine, prompts(11), 1, tmp_path / "b", **settings)
+    assert_same_rows(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_shard_that_cannot_be_written_is_not_tried_twice(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def full_disk(*args: object) -> None:
+        calls.append(args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "write_shard", full_disk)
+        with pytest.raises(OSError, match="no room for a shard"):
+            harvest(engine, prompts(9), 1, tmp_path / "a", **{**QUICK, "rows_per_shard": 1})
+    assert len(calls) == 1
+    assert entries(tmp_path / "a") == []
+    assert harvest(engine, prompts(9), 1, tmp_path / "a", **QUICK).sequences == 9
 
 
 def test_not_finite_residuals_name_the_sequence(engine: LocalEngine, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from r1sae_fast.r1.config import R1Config, YarnScaling
 from r1sae_fast.r1.engines.local import LocalEngine
 from r1sae_fast.r1.model import R1Model
 
-torch.set_num_threads(1)
-
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
@@ -50,6 +48,15 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "rope_scaling": YarnScaling(factor=4.0, original_max_position_embeddings=64),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A small model gains nothing from more; other rooms' tests get theirs back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_config(**changes: Any) -> R1Config:
