@@ -130,6 +130,32 @@ def test_rounding_keeps_the_order(seed: int) -> None:
     assert_equal(back.check(), SparseCodes.from_dense(dense.bfloat16()))
 
 
+@pytest.mark.parametrize("values_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("given", "high", "low"),
+    [
+        (torch.float16, 1.0009765625, 1.0),
+        (torch.float32, 1.0000001, 1.0),
+        (torch.float64, 1.00000000001, 1.0),
+        (torch.float64, 1e-300, 1e-301),
+    ],
+)
+def test_rounding_of_every_dtype_keeps_the_order(
+    folder: Path, given: torch.dtype, high: float, low: float, values_dtype: torch.dtype
+) -> None:
+    """bfloat16 has as many bits as float16 but fewer of them for the digits."""
+    values = torch.tensor([high, low, high, low], dtype=given)
+    indices = torch.tensor([5, 2, 1, 7], dtype=torch.int32)
+    codes = SparseCodes(values, indices, torch.tensor([0, 2, 4]), 8).check()
+    with CodeWriter(folder, 8, values_dtype=values_dtype) as writer:
+        writer.write(codes)
+    back = CodeShards(folder)[:].codes.check()
+    tied = bool(values[0].to(values_dtype) == values[1].to(values_dtype))
+    assert back.indices.tolist() == ([2, 5, 1, 7] if tied else [5, 2, 1, 7])
+    assert torch.equal(back.to_dense(), codes.to_dense().to(values_dtype))
+    CodeShards(folder).verify()
+
+
 def test_leading_shape_is_flattened(folder: Path) -> None:
     codes = random_codes(12, 20, 4)
     with CodeWriter(folder, 20) as writer:
@@ -167,6 +193,10 @@ def codes_of(values: list[float], indices: list[int], offsets: list[int]) -> Spa
         (codes_of([1.0, 2.0], [0, 1], [0, 2, 1, 2]), ValueError, "falls after row 1"),
         (codes_of([1.0, float("nan")], [0, 1], [0, 1, 1, 2]), NonFiniteError, "row 2"),
         (codes_of([float("inf")], [0], [0, 1]), NonFiniteError, "row 0"),
+        (codes_of([3.0, 1.0, 2.0], [0, 1, 2], [0, 1, 3]), ValueError, "out of order in row 1"),
+        (codes_of([3.0, 1.0, 1.0], [0, 2, 1], [0, 0, 3]), ValueError, "out of order in row 1"),
+        (codes_of([3.0, 2.0, 1.0], [5, 2, 5], [0, 0, 3]), ValueError, "row 1 .* feature 5 more"),
+        (codes_of([2.0, 2.0], [5, 5], [0, 2]), ValueError, "row 0 .* feature 5 more"),
     ],
 )
 def test_bad_codes(folder: Path, codes: object, error: type[Exception], says: str) -> None:

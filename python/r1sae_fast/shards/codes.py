@@ -108,8 +108,8 @@ class CodeWriter(FolderWriter):
 
         Raises:
             TypeError: no SparseCodes, or columns that are not integers.
-            ValueError: another ``d_sae``, offsets that fall, an index out of range, or a column
-                of another length.
+            ValueError: another ``d_sae``, offsets that fall, an index out of range, codes out of
+                order, a feature twice in a row, or a column of another length.
             NonFiniteError: a NaN or infinite value; the row is named.
             OSError: a shard became full and could not be written; see :meth:`finish_shard`.
         """
@@ -245,7 +245,7 @@ class CodeShards(ShardFolder):
 
 
 def _check(codes: SparseCodes) -> None:
-    """What takes a pass over the data. Order within a row is the encoder's affair."""
+    """What takes a pass over the data: all that ``SparseCodes.check`` tests, and finiteness."""
     sizes = codes.row_offsets.diff()
     if bool((sizes < 0).any()):
         row = int((sizes < 0).nonzero()[0])
@@ -262,13 +262,28 @@ def _check(codes: SparseCodes) -> None:
             f"codes hold a NaN or infinite value in row {row}; find it among the activations "
             "or the weights that were encoded"
         )
+    values, indices, offsets = codes.values, codes.indices, codes.row_offsets
+    wrong = values[1:] > values[:-1]
+    wrong |= (values[1:] == values[:-1]) & (indices[1:] < indices[:-1])
+    starts = offsets[(offsets > 0) & (offsets < values.shape[0])]
+    wrong[starts - 1] = False  # each row begins anew
+    if bool(wrong.any()):
+        row = int(np.searchsorted(offsets.numpy(), int(wrong.nonzero()[0]), side="right")) - 1
+        raise ValueError(
+            f"codes are out of order in row {row}; expected falling values, ties by lower feature"
+        )
+    repeated = _core.repeated_feature(
+        indices.contiguous().numpy(), offsets.contiguous().numpy(), codes.d_sae
+    )
+    if repeated is not None:
+        raise ValueError(f"row {repeated[0]} of codes names feature {repeated[1]} more than once")
 
 
 def _rounded(codes: SparseCodes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values in ``dtype`` and the indices in their order, restored where rounding made ties."""
     values, indices = codes.values.to(dtype), codes.indices
-    if values.numel() < 2 or torch.finfo(dtype).bits >= torch.finfo(codes.values.dtype).bits:
-        return values, indices
+    if values.numel() < 2 or torch.promote_types(codes.values.dtype, dtype) == dtype:
+        return values, indices  # each value is one of dtype's: nothing was rounded
     if not bool(values.isfinite().all()):
         largest = float(codes.values.abs().max())
         raise ValueError(f"values reach {largest:g}, more than {dtype} holds; use 'float32'")

@@ -7,6 +7,7 @@ use half::bf16;
 use proptest::prelude::*;
 use r1sae_core::shard::activation_set::{ActivationSet, Output};
 use r1sae_core::shard::activations::{ActivationDtype, ActivationShardReader, ActivationView};
+use r1sae_core::shard::code_order::first_repeated;
 use r1sae_core::shard::gather::{ColumnsMut, Listed, Rows};
 use r1sae_core::shard::write::{checksum, write_shard, Tensor, Written};
 use r1sae_core::shard::{CodeShardReader, CodeView, Dtype, Indices, Values};
@@ -123,6 +124,87 @@ fn offsets_out_of_order_are_found() {
         write_codes(&path, &offsets, &[7, 1, 0], &[2.5, 1.5, 0.5]);
         let error = CodeShardReader::open(&path).unwrap_err();
         assert!(problem(&error).contains("expected from 0 to 3"), "{error}");
+    }
+}
+
+#[test]
+fn rows_out_of_order_and_repeated_features_are_found() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("shard.safetensors");
+    let check = |offsets: &[i64], indices: &[u16], values: &[f32]| {
+        write_codes(&path, offsets, indices, values);
+        let reader = CodeShardReader::open(&path).unwrap();
+        reader.validate(8, &Cancel::new())
+    };
+    // Order and repeats matter within a row alone, and zeros of either sign are equal.
+    check(&[0, 2, 4], &[7, 1, 1, 7], &[2.0, 1.0, 3.0, 3.0]).unwrap();
+    check(&[0, 2, 2], &[1, 7], &[0.0, -0.0]).unwrap();
+    for (offsets, indices, values, says) in [
+        (
+            [0, 1, 3],
+            [0, 1, 2],
+            [3.0, 1.0, 2.0],
+            "row 1 is out of order",
+        ),
+        (
+            [0, 3, 3],
+            [0, 2, 1],
+            [3.0, 1.0, 1.0],
+            "row 0 is out of order",
+        ),
+        (
+            [0, 0, 3],
+            [1, 2, 0],
+            [1.0, 0.0, -0.0],
+            "row 1 is out of order",
+        ),
+        (
+            [0, 0, 3],
+            [5, 2, 5],
+            [3.0, 2.0, 1.0],
+            "row 1 names feature 5",
+        ),
+        (
+            [0, 2, 3],
+            [5, 5, 5],
+            [3.0, 3.0, 1.0],
+            "row 0 names feature 5",
+        ),
+    ] {
+        let error = check(&offsets, &indices, &values).unwrap_err();
+        assert!(problem(&error).contains(says), "{error}");
+    }
+}
+
+#[test]
+fn a_cancelled_search_for_repeated_features_stops() {
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let error = first_repeated(&[1, 1], &[0, 2], 8, &cancel).unwrap_err();
+    assert!(matches!(error, Error::Interrupted));
+    for offsets in [[0, 3], [2, 1], [-1, 2], [i64::MIN, i64::MAX]] {
+        let error = first_repeated(&[1, 1], &offsets, 8, &Cancel::new()).unwrap_err();
+        assert!(matches!(error, Error::InvalidArgument(_)), "{error}");
+    }
+}
+
+proptest! {
+    /// Against a set for each row; the features cross the edges of a word.
+    #[test]
+    fn repeated_features_are_found(
+        rows in proptest::collection::vec(proptest::collection::vec(0..130_i32, 0..12), 0..9),
+    ) {
+        let mut offsets = vec![0_i64];
+        for row in &rows {
+            offsets.push(offsets[offsets.len() - 1] + row.len() as i64);
+        }
+        let wanted = rows.iter().enumerate().find_map(|(number, row)| {
+            let mut seen = std::collections::HashSet::new();
+            let again = row.iter().find(|&&feature| !seen.insert(feature));
+            again.map(|&feature| (number, feature as u32))
+        });
+        let found = first_repeated(&rows.concat(), &offsets, 130, &Cancel::new()).unwrap();
+        prop_assert_eq!(found, wanted);
     }
 }
 

@@ -9,6 +9,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use r1sae_core::shard::activation_set::{ActivationSet as CoreActivationSet, Output};
 use r1sae_core::shard::activations::ActivationDtype;
+use r1sae_core::shard::code_order::first_repeated;
 use r1sae_core::shard::code_set::{CodeSet as CoreCodeSet, ValueDtype, ValuesMut};
 use r1sae_core::shard::gather::{ColumnsMut, Listed, Rows};
 use r1sae_core::shard::lock::FolderLock as CoreFolderLock;
@@ -97,6 +98,20 @@ fn permutation<'py>(
             .collect::<Vec<_>>()
     });
     Ok(places.into_pyarray(py))
+}
+
+/// The first row of CSR codes that names a feature twice, and the feature.
+#[pyfunction]
+fn repeated_feature(
+    py: Python<'_>,
+    indices: PyReadonlyArray1<'_, i32>,
+    row_offsets: PyReadonlyArray1<'_, i64>,
+    d_sae: usize,
+) -> PyResult<Option<(usize, u32)>> {
+    let (indices, row_offsets) = (indices.as_slice()?, row_offsets.as_slice()?);
+    run(py, 4 * indices.len(), |cancel| {
+        first_repeated(indices, row_offsets, d_sae, cancel)
+    })
 }
 
 /// Exclusive right to write into a folder, until released or the process ends.
@@ -354,6 +369,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(write_shard, module)?)?;
     module.add_function(wrap_pyfunction!(checksum_file, module)?)?;
     module.add_function(wrap_pyfunction!(permutation, module)?)?;
+    module.add_function(wrap_pyfunction!(repeated_feature, module)?)?;
     module.add_class::<FolderLock>()?;
     module.add_class::<ActivationSet>()?;
     module.add_class::<CodeSet>()

@@ -157,6 +157,12 @@ def files() -> Iterator[Hostile]:
             ("indices-of-floats", file_of(codes(), indices={"dtype": "BF16"}),
              "tensor `indices` has dtype BF16, expected U16 or U32", "open"),
             ("value-nan", file_of(codes(values=(1.0, float("nan")))), "NaN or inf", "verify"),
+            ("values-rise", file_of(codes((0, 0, 2), values=(0.5, 1.0))),
+             "row 1 is out of order", "verify"),
+            ("tie-out-of-order", file_of(codes((0, 2, 2), (7, 5), (1.0, 1.0))),
+             "row 0 is out of order", "verify"),
+            ("feature-twice", file_of(codes((0, 2, 2), (7, 7))),
+             "row 0 names feature 7 more than once", "verify"),
             ("value-infinite", file_of(codes(values=(float("inf"), 1.0))), "NaN or inf", "verify"),
         ]
     )  # fmt: skip

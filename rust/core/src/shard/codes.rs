@@ -5,6 +5,7 @@ use std::path::Path;
 
 use safetensors::tensor::Dtype;
 
+use super::code_order::{in_order, Seen};
 use super::columns::{ColumnLayout, Columns};
 use super::header::{Entry, Header};
 use super::mapped::Mapped;
@@ -82,7 +83,7 @@ struct CodeLayout {
 pub struct CodeView<'a> {
     /// `[nnz]`, within a row by falling value.
     pub values: Values<'a>,
-    /// `[nnz]`, each below `d_sae`.
+    /// `[nnz]`, each below `d_sae`, within a row each once, rising among equal values.
     pub indices: Indices<'a>,
     /// `[rows + 1]`: row `i` is `row_offsets[i]..row_offsets[i + 1]`.
     pub row_offsets: &'a [i64],
@@ -185,9 +186,13 @@ impl<'a> CodeView<'a> {
         }
     }
 
-    /// Full check of rows `rows`: offsets in order, each index below `d_sae`,
-    /// each value finite.
-    fn validate_rows(&self, rows: Range<usize>, d_sae: usize) -> Result<(), String> {
+    /// Full check of rows `rows`; see [`CodeView::validate`].
+    fn validate_rows(
+        &self,
+        rows: Range<usize>,
+        d_sae: usize,
+        seen: &mut Seen,
+    ) -> Result<(), String> {
         let span = self.span(rows.clone())?;
         for row in rows.clone() {
             self.span(row..row + 1)?;
@@ -204,24 +209,65 @@ impl<'a> CodeView<'a> {
             Values::F32(values) => values[span].iter().all(|value| value.is_finite()),
             Values::Bf16(values) => values[span].iter().all(|bits| bits & 0x7F80 != 0x7F80),
         };
-        if finite {
+        if !finite {
+            return Err(format!(
+                "a value in rows {}..{} is NaN or infinite",
+                rows.start, rows.end
+            ));
+        }
+        for row in rows {
+            let span = self.span(row..row + 1)?;
+            let repeated = match self.indices {
+                Indices::U16(indices) => {
+                    self.check_order(row, span.clone(), indices)?;
+                    seen.repeated(indices[span].iter().map(|&index| u32::from(index)))
+                }
+                Indices::U32(indices) => {
+                    self.check_order(row, span.clone(), indices)?;
+                    seen.repeated(indices[span].iter().copied())
+                }
+            };
+            if let Some(feature) = repeated {
+                return Err(format!("row {row} names feature {feature} more than once"));
+            }
+        }
+        Ok(())
+    }
+
+    /// `indices` are the view's own.
+    fn check_order<T: Copy + Into<u32>>(
+        &self,
+        row: usize,
+        span: Range<usize>,
+        indices: &[T],
+    ) -> Result<(), String> {
+        let features = indices[span.clone()].iter().map(|&index| index.into());
+        let sound = match self.values {
+            Values::F32(values) => in_order(values[span].iter().copied(), features),
+            Values::Bf16(values) => {
+                let widen = |&bits: &u16| f32::from_bits(u32::from(bits) << 16);
+                in_order(values[span].iter().map(widen), features)
+            }
+        };
+        if sound {
             Ok(())
         } else {
             Err(format!(
-                "a value in rows {}..{} is NaN or infinite",
-                rows.start, rows.end
+                "row {row} is out of order, expected falling values, ties by lower feature"
             ))
         }
     }
 
     /// Full check in blocks: offsets in order, each index below `d_sae`, each value
-    /// finite. The inner error says what is wrong.
+    /// finite, rows in order and without a feature twice. The inner error says what is
+    /// wrong.
     pub fn validate(&self, d_sae: usize, cancel: &Cancel) -> Result<Result<(), String>> {
         let rows = self.rows();
+        let mut seen = Seen::new(d_sae);
         for start in (0..rows).step_by(VALIDATE_ROWS) {
             cancel.check()?;
             let block = start..rows.min(start + VALIDATE_ROWS);
-            if let Err(problem) = self.validate_rows(block, d_sae) {
+            if let Err(problem) = self.validate_rows(block, d_sae, &mut seen) {
                 return Ok(Err(problem));
             }
         }
@@ -292,7 +338,7 @@ impl CodeShardReader {
         self.file.bad(problem)
     }
 
-    /// Reads everything: row offsets in order, each index below `d_sae`, values finite.
+    /// Reads everything; see [`CodeView::validate`].
     pub fn validate(&self, d_sae: usize, cancel: &Cancel) -> Result<()> {
         self.view()
             .validate(d_sae, cancel)?

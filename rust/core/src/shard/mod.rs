@@ -4,6 +4,7 @@
 //! module knows single files and ordered lists of them:
 //! - [`header`]: what a file claims to hold, checked against its size;
 //! - [`activations`], [`codes`]: one file of either kind, mapped for reading;
+//! - [`code_order`]: what holds within a row of codes;
 //! - [`activation_set`], [`code_set`]: many files as one array of rows, with [`gather`]
 //!   for what they have in common and [`fp8`] for what is decoded on the way;
 //! - [`order`]: a shuffled order of rows that takes no memory;
@@ -17,6 +18,7 @@ compile_error!("shards are read in place, which needs a little-endian machine");
 
 pub mod activation_set;
 pub mod activations;
+pub mod code_order;
 pub mod code_set;
 pub mod codes;
 pub mod columns;
