@@ -249,7 +249,20 @@ def test_shard_missing_truncated_oversized_or_foreign(written: tuple[Path, R1Mod
         (good[:100], "truncated or of another kind"),
         (b"", "truncated or of another kind"),
         (b"\x10" + bytes(7) + b"not json at all!", "not valid JSON"),
-        (b"\x10" + bytes(7) + b'{"a": {"x": 1} }', "no safetensors header"),
+        (b"\x10" + bytes(7) + b'{"a": {"x": 1} }', "no safetensors header: 'a'"),
+        (b"\x02" + bytes(7) + b"[]", "no JSON object but list"),
+        (b"\x01" + bytes(7) + b"3", "no JSON object but int"),
+        (b"\x03" + bytes(7) + b'"a"', "no JSON object but str"),
+        *(
+            (len(header).to_bytes(8, "little") + header, message)
+            for header, message in (
+                (b"[" * 200_000, "not valid JSON"),
+                (b'{"a": []}', "no safetensors header: 'a'"),
+                (b'{"a": {"data_offsets": [0, 1e999]}}', "no safetensors header: 'a'"),
+                (b'{"a": {"data_offsets": [0, "4"]}}', "no safetensors header: 'a'"),
+                (b'{"a": {"data_offsets": [0, -4]}}', "no safetensors header: 'a'"),
+            )
+        ),
     ):
         shard.write_bytes(bad)
         with pytest.raises(CheckpointError, match=message) as caught:
@@ -290,10 +303,11 @@ def test_index_without_a_tensor_or_its_scale(written: tuple[Path, R1Model]) -> N
         with pytest.raises(CheckpointError, match=message) as caught:
             load_model(directory)
         assert name in str(caught.value)
-    escaping = {**index["weight_map"], EXPERT: "../other.safetensors"}
-    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": escaping}))
-    with pytest.raises(CheckpointError, match="not a plain file name"):
-        load_model(directory)
+    for escaping in ("../other.safetensors", "..", ""):
+        weight_map = {**index["weight_map"], EXPERT: escaping}
+        (directory / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="not a plain file name"):
+            load_model(directory)
     (directory / INDEX_NAME).write_text("[]")
     with pytest.raises(CheckpointError, match="weight_map"):
         load_model(directory)
@@ -306,6 +320,8 @@ def test_index_without_a_tensor_or_its_scale(written: tuple[Path, R1Model]) -> N
         ({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}, "e5m2"),
         ({"quant_method": "fp8", "fmt": "e4m3"}, "weight_block_size is None"),
         (None, "no quantization_config"),
+        ("fp8", "config.json: quantization_config is 'fp8', expected a JSON object"),
+        ([], r"quantization_config is \[\]"),
     ],
 )
 def test_unknown_quantisation(

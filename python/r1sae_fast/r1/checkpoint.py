@@ -177,7 +177,7 @@ def load_model(
         ValueError: no such layer.
     """
     with CheckpointReader(directory) as reader:
-        config = R1Config.from_dict(reader.config)
+        config = R1Config.from_dict(reader.config, str(reader.directory / "config.json"))
         model = R1Model(config, last_layer=last_layer, device=device, dtype=dtype)
         model.requires_grad_(False).eval()
         state = model.state_dict()

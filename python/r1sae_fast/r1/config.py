@@ -9,6 +9,20 @@ from typing import Any
 
 from r1sae_fast.errors import CheckpointError
 
+# What this engine computes, whatever else a config asks for. Some writers leave them out.
+_FIXED: dict[str, Any] = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+# The same of rope_scaling: other implementations of YaRN have more choices.
+_FIXED_YARN: dict[str, Any] = {"attention_factor": None, "truncate": True}
+_TOO_LARGE = 2**63  # for a tensor's size, an infinity among them
+
 
 @dataclass(frozen=True)
 class YarnScaling:
@@ -20,6 +34,22 @@ class YarnScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Checks that the numbers make a rotation.
+
+        Raises:
+            ValueError: one is no number of its range, or the ramp has no width.
+        """
+        for name, value in vars(self).items():
+            whole = name == "original_max_position_embeddings"
+            least = {"factor": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0}.get(name)
+            _check_number(f"rope_scaling.{name}", value, whole, 1 if whole else least)
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"rope_scaling.beta_fast is {self.beta_fast}, "
+                f"expected more than beta_slow ({self.beta_slow})"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,11 +93,11 @@ class R1Config:
                 continue
             least = 0 if name in ("bos_token_id", "eos_token_id", "first_k_dense_replace") else 1
             whole = not isinstance(getattr(R1Config, name), float)
-            right = isinstance(value, int) or (isinstance(value, float) and not whole)
-            if isinstance(value, bool) or not right or (value < least if whole else value <= 0):
-                kind = "a whole number" if whole else "a number"
-                bound = f"{least} or more" if whole else "above 0"
-                raise ValueError(f"{name} is {value!r}, expected {kind}, {bound}")
+            _check_number(name, value, whole, least if whole else None)
+        if not isinstance(self.norm_topk_prob, bool):
+            raise ValueError(f"norm_topk_prob is {self.norm_topk_prob!r}, expected true or false")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}, expected more than 1")
         if self.n_routed_experts % self.n_group:
             raise ValueError(
                 f"n_routed_experts is {self.n_routed_experts}, "
@@ -94,40 +124,47 @@ class R1Config:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> R1Config:
-        """Builds a config from the parsed ``config.json``; unknown keys are ignored.
+    def from_dict(cls, raw: Any, where: str = "config.json") -> R1Config:
+        """Builds a config from the parsed ``config.json``; ``where`` names it in errors.
+
+        Every field is required, for a default could be another model's. Unknown keys are ignored.
 
         Raises:
-            CheckpointError: another architecture, another router, or a field that is missing.
+            CheckpointError: another architecture, a choice that this engine does not compute, or
+                a field that is missing or of another kind.
         """
+        try:
+            return cls._from_dict(raw)
+        except ValueError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, raw: Any) -> R1Config:
+        if not isinstance(raw, dict):
+            raise ValueError(f"not a JSON object, found {type(raw).__name__}")
         model_type = raw.get("model_type")
         if model_type not in ("deepseek_v3", None):
-            raise CheckpointError(
-                f"config.json: model_type is {model_type!r}, expected 'deepseek_v3' "
+            raise ValueError(
+                f"model_type is {model_type!r}, expected 'deepseek_v3' "
                 "(DeepSeek-V3, R1 or TinyR1); this engine runs no other architecture"
             )
-        for key, expected in (("scoring_func", "sigmoid"), ("topk_method", "noaux_tc")):
-            found = raw.get(key, expected)
-            if found != expected:
-                raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected!r}")
+        heads = {"num_key_value_heads": raw.get("num_attention_heads")}
+        _require_fixed(raw, {**_FIXED, **heads}, "")
         own = {f.name for f in fields(cls)}
         values = {key: value for key, value in raw.items() if key in own}
         # transformers 5 writes rope_parameters, with rope_theta in it.
-        parameters = raw.get("rope_parameters") or {}
+        parameters = _object(raw, "rope_parameters")
         if "rope_theta" in parameters:
             values.setdefault("rope_theta", parameters["rope_theta"])
-        scaling = _scaling(values.pop("rope_scaling", None) or parameters)
-        required = {"hidden_size", "num_hidden_layers", "vocab_size"} - values.keys()
-        if required:
-            raise CheckpointError(f"config.json: {', '.join(sorted(required))} missing")
-        try:
-            return cls(**values, rope_scaling=scaling)
-        except ValueError as error:
-            raise CheckpointError(f"config.json: {error}") from None
+        scaling = _object(raw, "rope_scaling")
+        if parameters:
+            values.setdefault("rope_scaling", parameters)
+        _require(own, values, "")
+        return cls(**{**values, "rope_scaling": _scaling(scaling or parameters)})
 
     @classmethod
     def from_file(cls, path: Path | str) -> R1Config:
-        """Reads ``config.json`` at ``path``."""
+        """Reads ``config.json`` at ``path``; raises as :meth:`from_dict`, or FileNotFoundError."""
         path = Path(path)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -136,9 +173,9 @@ class R1Config:
                 f"{path}: no such file; a checkpoint is a folder with config.json, "
                 "model.safetensors.index.json and the shards it names"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-        return cls.from_dict(raw)
+        return cls.from_dict(raw, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The ``config.json`` of this model, with R1's fixed choices spelled out."""
@@ -164,12 +201,55 @@ class R1Config:
         }
 
 
+def _check_number(name: str, value: object, whole: bool, least: float | None) -> None:
+    """Refuses what is no number from ``least`` on; without a ``least``, none above 0."""
+    allowed: tuple[type, ...] = (int,) if whole else (int, float)
+    if type(value) in allowed and isinstance(value, (int, float)):
+        above = value > 0 if least is None else value >= least
+        if above and value < _TOO_LARGE:  # both are false for a NaN
+            return
+    kind = "a whole number" if whole else "a number"
+    bound = "above 0" if least is None else f"{least:g} or more"
+    raise ValueError(f"{name} is {value!r}, expected {kind}, {bound}")
+
+
+def _require(names: set[str], values: dict[str, Any], prefix: str) -> None:
+    missing = [prefix + name for name in sorted(names - values.keys())]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)} missing; R1's config has every one, fetch the file again"
+        )
+
+
+def _require_fixed(values: dict[str, Any], fixed: dict[str, Any], prefix: str) -> None:
+    for key, expected in fixed.items():
+        found = values.get(key, expected)
+        if found != expected:
+            raise ValueError(
+                f"{prefix}{key} is {found!r}, expected {expected!r}; "
+                "this engine computes nothing else"
+            )
+
+
+def _object(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The JSON object under ``key``, empty if it is absent or null."""
+    found = values.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} is {found!r}, expected a JSON object or null")
+    return found
+
+
 def _scaling(raw: dict[str, Any]) -> YarnScaling | None:
     """YaRN's numbers from ``rope_scaling`` or ``rope_parameters``, None without scaling."""
     kind = raw.get("type", raw.get("rope_type", "yarn" if "factor" in raw else "default"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise CheckpointError(f"config.json: rope_scaling is {kind!r}, expected 'yarn'")
+        raise ValueError(f"rope_scaling is {kind!r}, expected 'yarn'")
     known = {f.name for f in fields(YarnScaling)}
-    return YarnScaling(**{key: value for key, value in raw.items() if key in known})
+    values = {key: value for key, value in raw.items() if key in known}
+    _require(known, values, "rope_scaling.")
+    _require_fixed(raw, _FIXED_YARN, "rope_scaling.")
+    return YarnScaling(**values)

@@ -45,33 +45,55 @@ def read_header(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path}: this shard of the checkpoint is missing; fetch it again"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(
             f"{path}: the header is not valid JSON; the file is damaged or no safetensors file"
         ) from None
+    if not isinstance(header, dict):
+        raise CheckpointError(
+            f"{path}: the header is no JSON object but {type(header).__name__}; "
+            "the file is damaged or no safetensors file"
+        )
     header.pop("__metadata__", None)
-    try:
-        data = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        raise CheckpointError(f"{path}: the header is no safetensors header") from None
+    data = max((_data_end(path, name, entry) for name, entry in header.items()), default=0)
     if size != 8 + length + data:
         state = "truncated" if size < 8 + length + data else "longer than it should be"
         raise CheckpointError(
             f"{path}: {size:,} bytes found, its header says {8 + length + data:,}; "
             f"the shard is {state}, fetch it again"
         )
-    return dict(header)
+    return header
+
+
+def _data_end(path: Path, name: str, entry: object) -> int:
+    """Where a tensor's bytes end, by its entry of a safetensors header."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not (
+        isinstance(offsets, list)
+        and len(offsets) == 2
+        and all(type(offset) is int and offset >= 0 for offset in offsets)
+    ):
+        raise CheckpointError(
+            f"{path}: the header is no safetensors header: {name!r} has no two data_offsets; "
+            "the file is damaged, fetch it again"
+        )
+    end: int = offsets[1]
+    return end
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
 
 
-def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
+def read_quantization(
+    config: Mapping[str, Any], where: str = "config.json"
+) -> tuple[int, int] | None:
     """Block size of the fp8 weights from a parsed ``config.json``, None without quantisation.
+
+    ``where`` names the config in errors.
 
     Raises:
         CheckpointError: a quantisation other than R1's block fp8.
@@ -79,18 +101,23 @@ def read_quantization(config: Mapping[str, Any]) -> tuple[int, int] | None:
     found = config.get("quantization_config")
     if found is None:
         return None
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{where}: quantization_config is {found!r}, expected a JSON object such as "
+            '{"quant_method": "fp8", "weight_block_size": [128, 128]}'
+        )
     method, fmt = found.get("quant_method"), found.get("fmt", "e4m3")
     block = found.get("weight_block_size")
     if method != "fp8" or fmt != "e4m3":
         raise CheckpointError(
-            f"config.json: quantization_config says {method!r} {fmt!r}, expected 'fp8' 'e4m3' "
+            f"{where}: quantization_config says {method!r} {fmt!r}, expected 'fp8' 'e4m3' "
             "(DeepSeek's block fp8); convert the checkpoint to that or to bf16"
         )
     if not (
         isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)
     ):
         raise CheckpointError(
-            f"config.json: weight_block_size is {block!r}, expected two numbers such as [128, 128]"
+            f"{where}: weight_block_size is {block!r}, expected two numbers such as [128, 128]"
         )
     return block[0], block[1]
 
@@ -119,7 +146,7 @@ class CheckpointReader:
         self.config: dict[str, Any] = _read_json(config_path)
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path}: not a JSON object")
-        self.block_size = read_quantization(self.config)
+        self.block_size = read_quantization(self.config, str(config_path))
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         index_path = self.directory / INDEX_NAME
@@ -131,7 +158,7 @@ class CheckpointReader:
                 raise CheckpointError(f"{index_path}: no weight_map of tensor names to shards")
             # A name with a folder in it could lead out of the checkpoint.
             for shard in set(shards.values()):
-                if Path(shard).name != shard:
+                if Path(shard).name != shard or shard in ("", ".."):
                     raise CheckpointError(f"{index_path}: {shard!r} is not a plain file name")
             self.shards: dict[str, str] = shards
         elif single_path.is_file():
