@@ -14,7 +14,9 @@ from r1sae_fast import FastSAE, _core
 from r1sae_fast.errors import CheckpointError, NonFiniteError, ShardError, TrainingDivergedError
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train import Metrics, TrainConfig, evaluate, train
-from r1sae_fast.train.trainer import Run
+from r1sae_fast.train.metrics import MetricsFile
+from r1sae_fast.train.step import StepFigures
+from r1sae_fast.train.trainer import Run, _Averages
 
 SMALL = TrainConfig(d_sae=64, k=2, tokens=20_000, batch_size=500, learning_rate=1e-2)
 
@@ -98,6 +100,39 @@ def test_metrics_and_what_the_folder_holds(shards: ActivationShards, tmp_path: P
     ]  # fmt: skip
     assert sae.metadata["training"]["tokens"] == 20_000
     assert sae.metadata["activations_fingerprint"] == shards.fingerprint
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"metrics.jsonl holds {name}, which is no JSON")
+
+
+def test_batches_of_one_row_have_no_fvu(
+    make_rows: Callable[..., Tensor],
+    write_rows: Callable[[Tensor], ActivationShards],
+    tmp_path: Path,
+) -> None:
+    config = replace(SMALL, tokens=20, batch_size=1)
+    seen: list[Metrics] = []
+    few = write_rows(make_rows(40))
+    train(few, tmp_path / "sae", config, progress=False, log_every=7, on_metrics=seen.append)
+    assert seen
+    assert all(math.isnan(line.fvu) and math.isfinite(line.loss) for line in seen)
+    for line in (tmp_path / "sae" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=refuse_constant)["fvu"] is None
+
+
+def test_the_mean_fvu_is_over_the_batches_that_vary() -> None:
+    averages = _Averages()
+    for fvu in (0.5, math.nan, 0.25):
+        averages.add(StepFigures(torch.ones(()), torch.zeros(()), torch.tensor(fvu), 2.0, 0), 3)
+    assert averages.means() == {"loss": 1.0, "aux_loss": 0.0, "fvu": 0.375, "l0": 2.0}
+
+
+def test_lines_of_older_runs_become_json_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "fvu": Infinity}\n{"step": 2, "fvu": NaN}\n{"step": 3}\n')
+    MetricsFile(tmp_path, 2)
+    assert path.read_text() == '{"step": 1, "fvu": null}\n{"step": 2, "fvu": null}\n'
 
 
 def test_a_finished_run_is_only_loaded(shards: ActivationShards, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def find(demo: Demo) -> Findings:
         training=[
             {name: line[name] for name in ("tokens", "fvu", "dead_fraction")}
             for line in read_lines(demo.sae / METRICS)
+            if line["fvu"] is not None
         ],
         density=density,
         wrong_strengths=wrong,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ class Metrics:
     aux_loss: float
     """Share of the leftover that the dead features fail to explain; 0 without dead features."""
     fvu: float
-    """Fraction of variance unexplained."""
+    """Fraction of variance unexplained, over the batches that vary; NaN (null in the file) if none
+    did, as with batches of one row."""
     l0: float
     """Codes a row."""
     dead_fraction: float
@@ -44,17 +47,26 @@ class MetricsFile:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / FILE
         kept = [line for line in read_lines(self.path) if line["step"] <= step]
-        write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_bytes(self.path, "".join(map(_to_json, kept)).encode())
 
     def append(self, metrics: Metrics) -> None:
         """Adds a line."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+            file.write(_to_json(asdict(metrics)))
+
+
+def _to_json(line: Mapping[str, Any]) -> str:
+    """A line of the file; JSON knows no NaN and no infinity, they become null."""
+    fields = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+    return json.dumps(fields, allow_nan=False) + "\n"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; none where there is no file. A last line that was cut in
-    half by a crash is passed over."""
+    half by a crash is passed over. ``fvu`` may be None."""
     if not path.exists():
         return []
     lines = []

@@ -6,6 +6,7 @@ the dead features explain what the others left over (auxk, arXiv:2406.04093 appe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ class StepFigures:
     loss: Tensor
     aux_loss: Tensor
     fvu: Tensor
+    """NaN where the rows don't vary."""
     l0: float
     dead: int
 
@@ -114,8 +116,10 @@ class Learner:
             gradients["decoder"] = sparse.decoder
         gradients |= {"b_enc": sparse.b_enc, "b_dec": gradient.sum(0)}
         variance = (x - x.mean(0)).square().sum()
+        # A batch that doesn't vary (a single row, say) has no fraction of variance.
+        fvu = torch.where(variance > 0, squared / variance, math.nan)
         l0 = codes.values.shape[0] / x.shape[0]
-        return StepFigures(loss, aux_loss, squared / variance, l0, dead.numel()), gradients
+        return StepFigures(loss, aux_loss, fvu, l0, dead.numel()), gradients
 
     def _auxiliary(
         self, x: Tensor, pre: Tensor, error: Tensor, dead: Tensor

@@ -267,7 +267,10 @@ class _Averages:
         self.steps = 0
         self.tokens = 0
         self.dead = 0
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "aux_loss", "fvu", "l0"), 0.0)
+        self.sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "aux_loss", "l0"), 0.0)
+        self.fvu: Tensor | float = 0.0
+        self.varied: Tensor | int = 0
+        """Steps that had an FVU."""
 
     def add(self, figures: StepFigures, tokens: int) -> None:
         """Counts a step."""
@@ -276,10 +279,14 @@ class _Averages:
         self.dead = figures.dead
         for name in self.sums:
             self.sums[name] = self.sums[name] + getattr(figures, name)
+        self.fvu = self.fvu + figures.fvu.nan_to_num(nan=0.0, posinf=math.inf)
+        self.varied = self.varied + ~figures.fvu.isnan()
 
     def means(self) -> dict[str, float]:
-        """Of each figure."""
-        return {name: float(total) / self.steps for name, total in self.sums.items()}
+        """Of each figure; the FVU over the steps that have one, NaN if none has."""
+        means = {name: float(total) / self.steps for name, total in self.sums.items()}
+        varied = int(self.varied)
+        return means | {"fvu": float(self.fvu) / varied if varied else math.nan}
 
     def is_finite(self) -> bool:
         """Whether every loss since the last line was neither NaN nor infinite."""
