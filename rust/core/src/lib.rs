@@ -9,6 +9,7 @@ pub mod cancel;
 pub mod decode;
 pub mod error;
 pub mod examples;
+mod pool;
 pub mod rows;
 pub mod select;
 pub mod shard;

@@ -2,11 +2,8 @@
 //! depend on how many there are.
 
 use std::ops::Range;
-use std::sync::OnceLock;
 
-use rayon::prelude::*;
-
-use crate::{Error, Result};
+use crate::{pool, Error, Result};
 
 /// A borrowed row-major matrix.
 #[derive(Clone, Copy, Debug)]
@@ -60,14 +57,6 @@ fn ranges(rows: usize, cost: usize, threads: usize) -> Vec<Range<usize>> {
         .collect()
 }
 
-/// Whether rayon's threads exist in this process: a fork copies the pool but not its threads,
-/// and waiting for them would hang (torch's DataLoader forks).
-fn pool_is_alive() -> bool {
-    static OWNER: OnceLock<u32> = OnceLock::new();
-    let process = std::process::id();
-    *OWNER.get_or_init(|| process) == process
-}
-
 /// Calls `work` on contiguous ranges that cover `0..rows`; the results are in order of rows.
 pub(crate) fn map_ranges<R: Send>(
     rows: usize,
@@ -75,11 +64,7 @@ pub(crate) fn map_ranges<R: Send>(
     threads: usize,
     work: impl Fn(Range<usize>) -> R + Sync + Send,
 ) -> Vec<R> {
-    let ranges = ranges(rows, cost, threads);
-    if ranges.len() == 1 || !pool_is_alive() {
-        return ranges.into_iter().map(work).collect();
-    }
-    ranges.into_par_iter().with_max_len(1).map(work).collect()
+    pool::map(ranges(rows, cost, threads), work)
 }
 
 /// As [`map_ranges`]; each call also gets its part of `output`, which holds `width` elements a row.
@@ -102,17 +87,7 @@ pub(crate) fn map_ranges_mut<T: Send, R: Send>(
         parts.push((range, part));
         rest = after;
     }
-    if parts.len() == 1 || !pool_is_alive() {
-        return parts
-            .into_iter()
-            .map(|(range, part)| work(range, part))
-            .collect();
-    }
-    parts
-        .into_par_iter()
-        .with_max_len(1)
-        .map(|(range, part)| work(range, part))
-        .collect()
+    pool::map(parts, |(range, part)| work(range, part))
 }
 
 #[cfg(test)]

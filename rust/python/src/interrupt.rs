@@ -14,7 +14,7 @@ const POLL: Duration = Duration::from_millis(50);
 /// Runs `work` on another thread with the GIL released. Python's signal handlers
 /// run every 50 ms; when one raises (ctrl-c), the work is cancelled, awaited, and
 /// the handler's exception is returned. For calls that may take longer than a
-/// moment; short ones use `py.detach` directly.
+/// moment; see [`run`] for those that may be short.
 pub fn run_interruptible<T, F>(py: Python<'_>, work: F) -> PyResult<T>
 where
     T: Send,
@@ -49,4 +49,18 @@ where
             }
         }
     })
+}
+
+/// Releases the GIL around `work`; listens for ctrl-c where it is `long`. Work of a few
+/// milliseconds is not: a thread of its own would cost it more than it is worth.
+pub fn run<T, F>(py: Python<'_>, long: bool, work: F) -> PyResult<T>
+where
+    T: Send,
+    F: FnOnce(&Cancel) -> Result<T> + Send,
+{
+    if long {
+        run_interruptible(py, work)
+    } else {
+        py.detach(|| work(&Cancel::new())).map_err(to_py)
+    }
 }

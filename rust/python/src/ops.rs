@@ -9,9 +9,15 @@ use pyo3::prelude::*;
 use r1sae_core::rows::Matrix;
 use r1sae_core::select::{self, Codes, Options, Threshold};
 use r1sae_core::simd::{set_active, Element, Level, Simd};
-use r1sae_core::{decode as core_decode, Result};
+use r1sae_core::{decode as core_decode, Cancel, Result};
 
 use crate::errors::to_py;
+use crate::interrupt::run;
+
+/// Selecting from fewer values than this takes milliseconds.
+const MANY_VALUES: usize = 1 << 20;
+/// As many multiplications and additions take milliseconds.
+const MANY_PRODUCTS: usize = 1 << 24;
 
 /// An element of the core and the bits by which numpy knows it.
 trait Crossing: Element {
@@ -85,10 +91,10 @@ fn mixed() -> PyErr {
 
 /// Runs one selection on either dtype with the GIL released.
 macro_rules! select {
-    ($py:ident, $pre:ident, |$matrix:ident| $call:expr) => {
+    ($py:ident, $pre:ident, |$matrix:ident, $cancel:ident| $call:expr) => {
         match &$pre {
-            Floats2::F32(array) => select_as::<f32>($py, array, |$matrix| $call),
-            Floats2::Bf16(array) => select_as::<bf16>($py, array, |$matrix| $call),
+            Floats2::F32(array) => select_as::<f32>($py, array, |$matrix, $cancel| $call),
+            Floats2::Bf16(array) => select_as::<bf16>($py, array, |$matrix, $cancel| $call),
         }
     };
 }
@@ -96,10 +102,11 @@ macro_rules! select {
 fn select_as<'py, E: Crossing>(
     py: Python<'py>,
     array_2d: &PyReadonlyArray2<'py, E::Bits>,
-    call: impl FnOnce(Matrix<'_, E>) -> Result<Codes<E>> + Send,
+    call: impl FnOnce(Matrix<'_, E>, &Cancel) -> Result<Codes<E>> + Send,
 ) -> PyResult<PyCodes<'py>> {
     let matrix = matrix::<E>(array_2d)?;
-    let codes = py.detach(|| call(matrix)).map_err(to_py)?;
+    let long = matrix.rows() * matrix.width() >= MANY_VALUES;
+    let codes = run(py, long, |cancel| call(matrix, cancel))?;
     Ok((
         array(py, codes.values),
         PyArray1::from_vec(py, codes.indices),
@@ -124,8 +131,8 @@ fn topk<'py>(
     threads: usize,
 ) -> PyResult<PyCodes<'py>> {
     let options = options(check_finite, threads)?;
-    select!(py, pre_activations, |matrix| select::topk(
-        matrix, k, options
+    select!(py, pre_activations, |matrix, cancel| select::topk(
+        matrix, k, options, cancel
     ))
 }
 
@@ -138,8 +145,8 @@ fn batch_topk<'py>(
     threads: usize,
 ) -> PyResult<PyCodes<'py>> {
     let options = options(check_finite, threads)?;
-    select!(py, pre_activations, |matrix| select::batch_topk(
-        matrix, k, options
+    select!(py, pre_activations, |matrix, cancel| select::batch_topk(
+        matrix, k, options, cancel
     ))
 }
 
@@ -156,8 +163,8 @@ fn threshold<'py>(
         [shared] => Threshold::Shared(*shared),
         each => Threshold::Each(each),
     };
-    select!(py, pre_activations, |matrix| select::threshold(
-        matrix, threshold, options
+    select!(py, pre_activations, |matrix, cancel| select::threshold(
+        matrix, threshold, options, cancel
     ))
 }
 
@@ -166,6 +173,14 @@ struct CodesIn<'a> {
     indices: &'a [i32],
     row_offsets: &'a [i64],
     threads: usize,
+}
+
+impl CodesIn<'_> {
+    /// Whether work on rows of `d_in` elements may take longer than a moment.
+    fn is_long(&self, d_in: usize) -> bool {
+        let rows = self.indices.len() + self.row_offsets.len();
+        rows.saturating_mul(d_in) >= MANY_PRODUCTS
+    }
 }
 
 fn decode_as<'py, E: Crossing>(
@@ -179,11 +194,11 @@ fn decode_as<'py, E: Crossing>(
     let values = E::from_bits(slice(values)?);
     let w_dec = matrix::<E>(w_dec)?;
     let b_dec = b_dec.map(slice).transpose()?.map(E::from_bits);
-    let output = py.detach(|| {
+    let output = run(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
-        core_decode::decode(values, rows, w_dec, b_dec, simd, codes.threads)
-    });
-    Ok(array(py, output.map_err(to_py)?))
+        core_decode::decode(values, rows, w_dec, b_dec, simd, codes.threads, cancel)
+    })?;
+    Ok(array(py, output))
 }
 
 #[pyfunction]
@@ -226,11 +241,11 @@ fn gradient_of_values_as<'py, E: Crossing>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let simd = Simd::active().map_err(to_py)?;
     let (gradient, w_dec) = (matrix::<E>(gradient)?, matrix::<E>(w_dec)?);
-    let output = py.detach(|| {
+    let output = run(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
-        core_decode::gradient_of_values(gradient, rows, w_dec, simd, codes.threads)
-    });
-    Ok(array(py, output.map_err(to_py)?))
+        core_decode::gradient_of_values(gradient, rows, w_dec, simd, codes.threads, cancel)
+    })?;
+    Ok(array(py, output))
 }
 
 #[pyfunction]
@@ -268,11 +283,11 @@ fn gradient_of_weight_as<'py, E: Crossing>(
     let simd = Simd::active().map_err(to_py)?;
     let gradient = matrix::<E>(gradient)?;
     let values = E::from_bits(slice(values)?);
-    let output = py.detach(|| {
+    let output = run(py, codes.is_long(gradient.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, d_sae)?;
-        core_decode::gradient_of_weight(gradient, values, rows, simd, codes.threads)
-    });
-    Ok(array(py, output.map_err(to_py)?))
+        core_decode::gradient_of_weight(gradient, values, rows, simd, codes.threads, cancel)
+    })?;
+    Ok(array(py, output))
 }
 
 #[pyfunction]

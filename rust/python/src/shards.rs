@@ -16,26 +16,14 @@ use r1sae_core::shard::lock::FolderLock as CoreFolderLock;
 use r1sae_core::shard::order::Permutation;
 use r1sae_core::shard::write::{checksum, write_shard as core_write_shard, Tensor, Written};
 use r1sae_core::shard::{dtype_from_name, PrivateMap};
-use r1sae_core::{Cancel, Result};
 
 use crate::errors::to_py;
-use crate::interrupt::run_interruptible;
+use crate::interrupt::{run, run_interruptible};
 
-/// Work on fewer bytes than this takes milliseconds and runs on the calling thread.
-const SHORT: usize = 32 << 20;
-
-/// Releases the GIL around `work`; listens for ctrl-c if `bytes` are many.
-fn run<T, F>(py: Python<'_>, bytes: usize, work: F) -> PyResult<T>
-where
-    T: Send,
-    F: FnOnce(&Cancel) -> Result<T> + Send,
-{
-    if bytes < SHORT {
-        py.detach(|| work(&Cancel::new())).map_err(to_py)
-    } else {
-        run_interruptible(py, work)
-    }
-}
+/// Copying fewer bytes than this takes milliseconds.
+const MANY_BYTES: usize = 32 << 20;
+/// Visiting fewer rows than this, or working out fewer places, takes milliseconds.
+const MANY_ROWS: usize = 1 << 16;
 
 /// Length and checksum in the manifest's notation.
 fn as_listed(written: Written) -> (u64, String) {
@@ -65,8 +53,11 @@ fn write_shard(
             })
         })
         .collect::<PyResult<Vec<_>>>()?;
-    let bytes = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
-    run(py, bytes, |cancel| core_write_shard(&path, tensors, cancel)).map(as_listed)
+    let bytes: usize = tensors.iter().map(|tensor| tensor.bytes.len()).sum();
+    run(py, bytes >= MANY_BYTES, |cancel| {
+        core_write_shard(&path, tensors, cancel)
+    })
+    .map(as_listed)
 }
 
 /// Length and XXH3-64 (16 hex digits) of a file.
@@ -90,13 +81,13 @@ fn permutation<'py>(
             "places {start}..{stop} are out of range for {rows} rows"
         )));
     }
-    let places = py.detach(|| {
+    let long = stop - start >= MANY_ROWS as u64;
+    let places = run(py, long, |cancel| {
         let order = Permutation::new(rows, seed, epoch);
-        // Rows fit an i64 (checked above).
-        (start..stop)
-            .map(|place| order.get(place) as i64)
-            .collect::<Vec<_>>()
-    });
+        let places = order.get_range(start..stop, cancel)?;
+        // Rows fit an i64 (checked above); the cast is done in place.
+        Ok(places.into_iter().map(|row| row as i64).collect::<Vec<_>>())
+    })?;
     Ok(places.into_pyarray(py))
 }
 
@@ -109,7 +100,7 @@ fn repeated_feature(
     d_sae: usize,
 ) -> PyResult<Option<(usize, u32)>> {
     let (indices, row_offsets) = (indices.as_slice()?, row_offsets.as_slice()?);
-    run(py, 4 * indices.len(), |cancel| {
+    run(py, 4 * indices.len() >= MANY_BYTES, |cancel| {
         first_repeated(indices, row_offsets, d_sae, cancel)
     })
 }
@@ -224,7 +215,8 @@ impl ActivationSet {
         let rows = rows.rows()?;
         let out = out.as_slice_mut()?;
         let columns = columns_mut(&mut columns)?;
-        run(py, out.len(), |cancel| {
+        let long = out.len() >= MANY_BYTES || rows.len() >= MANY_ROWS;
+        run(py, long, |cancel| {
             self.0.gather(&rows, output, out, columns, cancel)
         })
     }
@@ -238,7 +230,9 @@ impl ActivationSet {
     ) -> PyResult<()> {
         let rows = rows.rows()?;
         let columns = columns_mut(&mut columns)?;
-        py.detach(|| self.0.columns(&rows, columns)).map_err(to_py)
+        run(py, rows.len() >= MANY_ROWS, |cancel| {
+            self.0.columns(&rows, columns, cancel)
+        })
     }
 
     /// The stored bytes of rows `start..stop` in place, copied only where written to;
@@ -328,7 +322,7 @@ impl CodeSet {
         rows: RowsArgument<'_>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
         let rows = rows.rows()?;
-        let offsets = run(py, 8 * rows.len(), |cancel| {
+        let offsets = run(py, rows.len() >= MANY_ROWS, |cancel| {
             self.0.row_offsets(&rows, cancel)
         })?;
         Ok(offsets.into_pyarray(py))
@@ -352,7 +346,8 @@ impl CodeSet {
         };
         let indices = indices.as_slice_mut()?;
         let columns = columns_mut(&mut columns)?;
-        run(py, 8 * indices.len(), |cancel| {
+        let long = 8 * indices.len() >= MANY_BYTES || rows.len() >= MANY_ROWS;
+        run(py, long, |cancel| {
             self.0
                 .gather(&rows, offsets, values, indices, columns, cancel)
         })

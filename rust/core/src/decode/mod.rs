@@ -6,7 +6,12 @@
 
 use crate::rows::{map_ranges, map_ranges_mut, Matrix};
 use crate::simd::{Element, Simd};
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
+
+/// Codes counted between two looks at the cancel flag.
+const BLOCK_CODES: usize = 1 << 20;
+/// Terms of one sum added between two looks at the cancel flag: milliseconds, however wide.
+const BLOCK_TERMS: usize = 1 << 10;
 
 #[cfg(test)]
 mod tests;
@@ -86,7 +91,7 @@ fn check_len(what: &str, found: usize, expected: usize) -> Result<()> {
 /// `output[r] = sum of values[i] * w_dec[indices[i]] over the codes i of row r, + b_dec`.
 ///
 /// # Errors
-/// Lengths that disagree.
+/// Lengths that disagree; `cancel`.
 pub fn decode<E: Element>(
     values: &[E],
     codes: SparseRows<'_>,
@@ -94,6 +99,7 @@ pub fn decode<E: Element>(
     b_dec: Option<&[E]>,
     simd: Simd,
     threads: usize,
+    cancel: &Cancel,
 ) -> Result<Vec<E>> {
     let d_in = w_dec.width();
     check_len("length of values", values.len(), codes.nnz())?;
@@ -106,7 +112,7 @@ pub fn decode<E: Element>(
         None => vec![0.0; d_in],
     };
     let mut output = vec![E::default(); codes.rows() * d_in];
-    map_ranges_mut(
+    let parts = map_ranges_mut(
         &mut output,
         d_in,
         codes.cost(d_in),
@@ -114,28 +120,32 @@ pub fn decode<E: Element>(
         |range, part| {
             let mut sum = vec![0.0_f32; d_in];
             for (row, output) in range.zip(part.chunks_exact_mut(d_in)) {
+                cancel.check()?;
                 sum.copy_from_slice(&start);
                 let terms = codes
                     .range(row)
                     .map(|at| (values[at].to_f32(), w_dec.row(codes.indices[at] as usize)));
-                add_terms(simd, &mut sum, terms);
+                add_terms(simd, &mut sum, terms, cancel)?;
                 round_into(&sum, output);
             }
+            Ok(())
         },
     );
+    parts.into_iter().collect::<Result<()>>()?;
     Ok(output)
 }
 
 /// The gradient of [`decode`] in `values`: `<gradient[r], w_dec[indices[i]]>`.
 ///
 /// # Errors
-/// Shapes that disagree.
+/// Shapes that disagree; `cancel`.
 pub fn gradient_of_values<E: Element>(
     gradient: Matrix<'_, E>,
     codes: SparseRows<'_>,
     w_dec: Matrix<'_, E>,
     simd: Simd,
     threads: usize,
+    cancel: &Cancel,
 ) -> Result<Vec<E>> {
     check_len("rows of the gradient", gradient.rows(), codes.rows())?;
     check_len("columns of the gradient", gradient.width(), w_dec.width())?;
@@ -145,6 +155,7 @@ pub fn gradient_of_values<E: Element>(
         let mut output = Vec::new();
         let mut left = vec![0.0_f32; gradient.width()];
         for row in range {
+            cancel.check()?;
             for (left, value) in left.iter_mut().zip(gradient.row(row)) {
                 *left = value.to_f32();
             }
@@ -155,32 +166,34 @@ pub fn gradient_of_values<E: Element>(
                     .map(|index| E::from_f32(simd.dot(&left, w_dec.row(*index as usize)))),
             );
         }
-        output
+        Ok(output)
     });
-    Ok(parts.concat())
+    Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
 }
 
 /// The gradient of [`decode`] in `w_dec`, `[d_sae, d_in]`: row `f` is the sum of
 /// `values[i] * gradient[r]` over the codes of feature `f`, in rising row.
 ///
 /// # Errors
-/// Shapes that disagree.
+/// Shapes that disagree; `cancel`.
 pub fn gradient_of_weight<E: Element>(
     gradient: Matrix<'_, E>,
     values: &[E],
     codes: SparseRows<'_>,
     simd: Simd,
     threads: usize,
+    cancel: &Cancel,
 ) -> Result<Vec<E>> {
     let (d_in, d_sae) = (gradient.width(), codes.d_sae);
     check_len("rows of the gradient", gradient.rows(), codes.rows())?;
     check_len("length of values", values.len(), codes.nnz())?;
-    let by_feature = by_feature(codes, values);
+    let by_feature = by_feature(codes, values, cancel)?;
     let mut output = vec![E::default(); d_sae.saturating_mul(d_in)];
     let cost = (codes.nnz() / d_sae.max(1) + 1).saturating_mul(d_in);
-    map_ranges_mut(&mut output, d_in, cost, threads, |range, part| {
+    let parts = map_ranges_mut(&mut output, d_in, cost, threads, |range, part| {
         let mut sum = vec![0.0_f32; d_in];
         for (feature, output) in range.zip(part.chunks_exact_mut(d_in)) {
+            cancel.check()?;
             let entries =
                 &by_feature.entries[by_feature.offsets[feature]..by_feature.offsets[feature + 1]];
             if entries.is_empty() {
@@ -190,10 +203,12 @@ pub fn gradient_of_weight<E: Element>(
             let terms = entries
                 .iter()
                 .map(|(row, value)| (*value, gradient.row(*row)));
-            add_terms(simd, &mut sum, terms);
+            add_terms(simd, &mut sum, terms, cancel)?;
             round_into(&sum, output);
         }
+        Ok(())
     });
+    parts.into_iter().collect::<Result<()>>()?;
     Ok(output)
 }
 
@@ -205,11 +220,18 @@ struct ByFeature {
 }
 
 /// A counting sort.
-fn by_feature<E: Element>(codes: SparseRows<'_>, values: &[E]) -> ByFeature {
+fn by_feature<E: Element>(
+    codes: SparseRows<'_>,
+    values: &[E],
+    cancel: &Cancel,
+) -> Result<ByFeature> {
     let d_sae = codes.d_sae;
     let mut offsets = vec![0_usize; d_sae + 1];
-    for index in codes.indices {
-        offsets[*index as usize + 1] += 1;
+    for block in codes.indices.chunks(BLOCK_CODES) {
+        cancel.check()?;
+        for index in block {
+            offsets[*index as usize + 1] += 1;
+        }
     }
     for feature in 0..d_sae {
         offsets[feature + 1] += offsets[feature];
@@ -217,13 +239,14 @@ fn by_feature<E: Element>(codes: SparseRows<'_>, values: &[E]) -> ByFeature {
     let mut next = offsets.clone();
     let mut entries = vec![(0, 0.0); codes.nnz()];
     for row in 0..codes.rows() {
+        cancel.check()?;
         for at in codes.range(row) {
             let slot = &mut next[codes.indices[at] as usize];
             entries[*slot] = (row, values[at].to_f32());
             *slot += 1;
         }
     }
-    ByFeature { offsets, entries }
+    Ok(ByFeature { offsets, entries })
 }
 
 /// `sum += scale * row` for every term, in order, four at a time.
@@ -231,10 +254,14 @@ fn add_terms<'a, E: Element>(
     simd: Simd,
     sum: &mut [f32],
     terms: impl Iterator<Item = (f32, &'a [E])>,
-) {
+    cancel: &Cancel,
+) -> Result<()> {
     let mut waiting = [(0.0, &[][..]); 4];
     let mut count = 0;
-    for term in terms {
+    for (at, term) in (1_usize..).zip(terms) {
+        if at % BLOCK_TERMS == 0 {
+            cancel.check()?;
+        }
         waiting[count] = term;
         count += 1;
         if count == 4 {
@@ -245,6 +272,7 @@ fn add_terms<'a, E: Element>(
     for (scale, row) in &waiting[..count] {
         simd.add_scaled(sum, *scale, row);
     }
+    Ok(())
 }
 
 fn round_into<E: Element>(sum: &[f32], output: &mut [E]) {

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use super::{decode, gradient_of_values, gradient_of_weight, SparseRows};
 use crate::rows::Matrix;
 use crate::simd::{Element, Level, Simd};
+use crate::{Cancel, Error};
 
 #[derive(Clone, Debug)]
 struct Problem {
@@ -108,13 +109,13 @@ fn check<E: Element>(problem: &Problem, unit: f64) {
     let gradient = Matrix::new(&gradient, rows.len(), d_in).unwrap();
     for simd in Level::ALL.into_iter().filter_map(Simd::new) {
         assert_close(
-            &decode(&values, codes, w_dec, Some(&b_dec), simd, 2).unwrap(),
+            &decode(&values, codes, w_dec, Some(&b_dec), simd, 2, &Cancel::new()).unwrap(),
             &output,
             unit,
         );
-        let found = gradient_of_values(gradient, codes, w_dec, simd, 2).unwrap();
+        let found = gradient_of_values(gradient, codes, w_dec, simd, 2, &Cancel::new()).unwrap();
         assert_close(&found, &of_values, unit);
-        let found = gradient_of_weight(gradient, &values, codes, simd, 2).unwrap();
+        let found = gradient_of_weight(gradient, &values, codes, simd, 2, &Cancel::new()).unwrap();
         assert_close(&found, &of_weight, unit);
     }
 }
@@ -144,9 +145,10 @@ fn results_do_not_depend_on_the_number_of_threads() {
     for simd in Level::ALL.into_iter().filter_map(Simd::new) {
         let run = |threads| {
             (
-                decode(&values, codes, w_dec, None, simd, threads).unwrap(),
-                gradient_of_values(gradient, codes, w_dec, simd, threads).unwrap(),
-                gradient_of_weight(gradient, &values, codes, simd, threads).unwrap(),
+                decode(&values, codes, w_dec, None, simd, threads, &Cancel::new()).unwrap(),
+                gradient_of_values(gradient, codes, w_dec, simd, threads, &Cancel::new()).unwrap(),
+                gradient_of_weight(gradient, &values, codes, simd, threads, &Cancel::new())
+                    .unwrap(),
             )
         };
         assert!(run(1) == run(3));
@@ -175,26 +177,54 @@ fn shapes_that_disagree_are_refused() {
     let weight = [0.0_f32; 8];
     let w_dec = Matrix::new(&weight, 4, 2).unwrap();
     let codes = SparseRows::new(&[0, 1], &[0, 2], 4).unwrap();
-    let error = decode(&[1.0], codes, w_dec, None, simd, 1)
+    let error = decode(&[1.0], codes, w_dec, None, simd, 1, &Cancel::new())
         .unwrap_err()
         .to_string();
     assert!(error.contains("values: found 1, expected 2"), "{error}");
-    let error = decode(&[1.0, 2.0], codes, w_dec, Some(&[0.0]), simd, 1)
-        .unwrap_err()
-        .to_string();
+    let error = decode(
+        &[1.0, 2.0],
+        codes,
+        w_dec,
+        Some(&[0.0]),
+        simd,
+        1,
+        &Cancel::new(),
+    )
+    .unwrap_err()
+    .to_string();
     assert!(error.contains("b_dec: found 1, expected 2"), "{error}");
     let other = Matrix::new(&weight, 2, 4).unwrap();
-    let error = decode(&[1.0, 2.0], codes, other, None, simd, 1)
+    let error = decode(&[1.0, 2.0], codes, other, None, simd, 1, &Cancel::new())
         .unwrap_err()
         .to_string();
     assert!(error.contains("w_dec: found 2, expected 4"), "{error}");
     let gradient = Matrix::new(&weight, 4, 2).unwrap();
-    let error = gradient_of_values(gradient, codes, w_dec, simd, 1)
+    let error = gradient_of_values(gradient, codes, w_dec, simd, 1, &Cancel::new())
         .unwrap_err()
         .to_string();
     assert!(error.contains("found 4, expected 1"), "{error}");
     let nothing = Matrix::new(&[], 4, 0).unwrap();
-    assert!(decode::<f32>(&[1.0, 2.0], codes, nothing, None, simd, 1)
-        .unwrap()
-        .is_empty());
+    assert!(
+        decode::<f32>(&[1.0, 2.0], codes, nothing, None, simd, 1, &Cancel::new())
+            .unwrap()
+            .is_empty()
+    );
+}
+
+#[test]
+fn decoding_and_its_gradients_stop_when_cancelled() {
+    let weight = [1.0_f32; 6];
+    let w_dec = Matrix::new(&weight, 3, 2).unwrap();
+    let gradient = Matrix::new(&weight[..4], 2, 2).unwrap();
+    let codes = SparseRows::new(&[0, 2], &[0, 1, 2], 3).unwrap();
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let simd = Simd::best();
+    for result in [
+        decode(&[1.0, 2.0], codes, w_dec, None, simd, 1, &cancel),
+        gradient_of_values(gradient, codes, w_dec, simd, 1, &cancel),
+        gradient_of_weight(gradient, &[1.0, 2.0], codes, simd, 1, &cancel),
+    ] {
+        assert!(matches!(result, Err(Error::Interrupted)), "{result:?}");
+    }
 }

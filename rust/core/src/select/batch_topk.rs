@@ -1,9 +1,10 @@
 //! The k * rows largest of all rows together (BatchTopK: Bussmann et al., arXiv 2412.06410).
 
-use super::{bound_below_kth, check, group_count, non_finite, Codes, Options, Part};
+use super::kth::{bound_below_kth, kth_largest};
+use super::{check, group_count, non_finite, Codes, Options, Part};
 use crate::rows::{map_ranges, Matrix};
 use crate::simd::{value_of, Element};
-use crate::Result;
+use crate::{Cancel, Result};
 
 /// Candidates of one range of rows, in rising flat index.
 struct Candidates {
@@ -16,21 +17,23 @@ struct Candidates {
 /// positive. Ties at the edge go to the lower row, then to the lower index.
 ///
 /// # Errors
-/// `k` above the width; with `check_finite`, a row that holds NaN or an infinity.
+/// `k` above the width; with `check_finite`, a row that holds NaN or an infinity; `cancel`.
 pub fn batch_topk<E: Element>(
     pre_activations: Matrix<'_, E>,
     k: usize,
     options: Options,
+    cancel: &Cancel,
 ) -> Result<Codes<E>> {
     check(pre_activations, Some(k))?;
     let (rows, width) = (pre_activations.rows(), pre_activations.width());
-    let bound = screen(pre_activations, k, options)?;
+    let bound = screen(pre_activations, k, options, cancel)?;
     let parts = map_ranges(rows, width, options.threads, |range| {
         let mut found = Candidates {
             keys: Vec::new(),
             ends: Vec::with_capacity(range.len()),
         };
         for row in range {
+            cancel.check()?;
             if k > 0 {
                 options
                     .simd
@@ -38,13 +41,18 @@ pub fn batch_topk<E: Element>(
             }
             found.ends.push(found.keys.len());
         }
-        found
+        Ok(found)
     });
-    Ok(keep_largest(rows, k, parts))
+    keep_largest(rows, k, parts.into_iter().collect::<Result<_>>()?, cancel)
 }
 
 /// A bound that the `k * rows` largest values exceed, from maxima of groups; 0 keeps all.
-fn screen<E: Element>(pre_activations: Matrix<'_, E>, k: usize, options: Options) -> Result<f32> {
+fn screen<E: Element>(
+    pre_activations: Matrix<'_, E>,
+    k: usize,
+    options: Options,
+    cancel: &Cancel,
+) -> Result<f32> {
     let (rows, width) = (pre_activations.rows(), pre_activations.width());
     let groups = group_count(k, width);
     if groups == 0 && !options.check_finite {
@@ -54,6 +62,7 @@ fn screen<E: Element>(pre_activations: Matrix<'_, E>, k: usize, options: Options
         let mut bits = Vec::with_capacity(range.len() * groups);
         let mut maxima = vec![0.0_f32; groups];
         for row in range {
+            cancel.check()?;
             let values = pre_activations.row(row);
             let finite = if groups == 0 {
                 options.simd.all_finite(values)
@@ -70,11 +79,16 @@ fn screen<E: Element>(pre_activations: Matrix<'_, E>, k: usize, options: Options
     });
     // The first error is that of the lowest row: ranges are in order.
     let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
-    Ok(bound_below_kth(&mut parts.concat(), k.saturating_mul(rows)))
+    bound_below_kth(&mut parts.concat(), k.saturating_mul(rows), cancel)
 }
 
 /// Keeps the `k * rows` largest candidates.
-fn keep_largest<E: Element>(rows: usize, k: usize, parts: Vec<Candidates>) -> Codes<E> {
+fn keep_largest<E: Element>(
+    rows: usize,
+    k: usize,
+    parts: Vec<Candidates>,
+    cancel: &Cancel,
+) -> Result<Codes<E>> {
     let wanted = k.saturating_mul(rows);
     let found: usize = parts.iter().map(|part| part.keys.len()).sum();
     // All values above `edge` are kept, and of those equal to it the first `equal_left`.
@@ -88,11 +102,7 @@ fn keep_largest<E: Element>(rows: usize, k: usize, parts: Vec<Candidates>) -> Co
         );
         let edge = match wanted {
             0 => u32::MAX,
-            _ => {
-                *bits
-                    .select_nth_unstable_by(wanted - 1, |left, right| right.cmp(left))
-                    .1
-            }
+            _ => kth_largest(&mut bits, wanted, cancel)?,
         };
         let above = bits.iter().filter(|bits| **bits > edge).count();
         (edge, wanted - above)
@@ -106,6 +116,7 @@ fn keep_largest<E: Element>(rows: usize, k: usize, parts: Vec<Candidates>) -> Co
     for part in parts {
         let mut start = 0;
         for end in part.ends {
+            cancel.check()?;
             kept.clear();
             for key in &part.keys[start..end] {
                 let bits = bits_of(*key);
@@ -127,11 +138,11 @@ fn keep_largest<E: Element>(rows: usize, k: usize, parts: Vec<Candidates>) -> Co
         end += *count as i64;
         end
     }));
-    Codes {
+    Ok(Codes {
         values: output.values,
         indices: output.indices,
         row_offsets,
-    }
+    })
 }
 
 fn bits_of(key: u64) -> u32 {

@@ -16,6 +16,7 @@ use crate::simd::{value_of, Element, Simd};
 use crate::{Error, Result};
 
 mod batch_topk;
+mod kth;
 mod threshold;
 mod topk;
 
@@ -79,7 +80,8 @@ impl<E: Element> Part<E> {
 }
 
 /// Joins the ranges' parts, or names the first bad row.
-fn join<E: Element>(rows: usize, parts: Vec<Part<E>>) -> Result<Codes<E>> {
+fn join<E: Element>(rows: usize, parts: Vec<Result<Part<E>>>) -> Result<Codes<E>> {
+    let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
     if let Some(row) = parts.iter().find_map(|part| part.bad_row) {
         return Err(non_finite(row));
     }
@@ -135,15 +137,4 @@ fn group_count(k: usize, width: usize) -> usize {
     } else {
         0
     }
-}
-
-/// The largest bound that keeps all values that could be among the k largest, to be
-/// exceeded: just below the k-th largest of `bits` (of floats that aren't negative).
-fn bound_below_kth(bits: &mut [u32], k: usize) -> f32 {
-    if k == 0 || k > bits.len() {
-        return 0.0;
-    }
-    let (_, kth, _) = bits.select_nth_unstable_by(k - 1, |left, right| right.cmp(left));
-    // Positive floats order as their bits do, so one less is the float just below.
-    f32::from_bits(kth.saturating_sub(1))
 }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{batch_topk, threshold, topk, Codes, Options, Threshold};
 use crate::rows::Matrix;
 use crate::simd::{Element, Level, Simd};
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
 
 /// Every instruction set of this CPU, on one thread and on three.
 fn all_options() -> Vec<Options> {
@@ -72,15 +72,19 @@ fn check_all<E: Element + PartialEq + std::fmt::Debug>(
         .collect();
     let above_each = codes_of::<E>(rows, above_each);
     for options in all_options() {
-        assert_eq!(topk(matrix, k, options).unwrap(), per_row, "{options:?}");
         assert_eq!(
-            batch_topk(matrix, k, options).unwrap(),
+            topk(matrix, k, options, &Cancel::new()).unwrap(),
+            per_row,
+            "{options:?}"
+        );
+        assert_eq!(
+            batch_topk(matrix, k, options, &Cancel::new()).unwrap(),
             per_batch,
             "{options:?}"
         );
-        let shared = threshold(matrix, Threshold::Shared(bound), options).unwrap();
+        let shared = threshold(matrix, Threshold::Shared(bound), options, &Cancel::new()).unwrap();
         assert_eq!(shared, above, "{options:?}");
-        let each = threshold(matrix, Threshold::Each(&bounds), options).unwrap();
+        let each = threshold(matrix, Threshold::Each(&bounds), options, &Cancel::new()).unwrap();
         assert_eq!(each, above_each, "{options:?}");
     }
 }
@@ -150,11 +154,16 @@ fn rows_that_are_not_finite_are_named() {
                 other => panic!("{other:?}"),
             };
             for k in [0, 8, width] {
-                assert_eq!(row_of(topk(matrix, k, options)), 17);
-                assert_eq!(row_of(batch_topk(matrix, k, options)), 17);
+                assert_eq!(row_of(topk(matrix, k, options, &Cancel::new())), 17);
+                assert_eq!(row_of(batch_topk(matrix, k, options, &Cancel::new())), 17);
             }
             assert_eq!(
-                row_of(threshold(matrix, Threshold::Shared(0.0), options)),
+                row_of(threshold(
+                    matrix,
+                    Threshold::Shared(0.0),
+                    options,
+                    &Cancel::new()
+                )),
                 17
             );
         }
@@ -167,7 +176,10 @@ fn unchecked_nan_is_passed_over_and_infinity_is_largest() {
     let matrix = Matrix::new(&values, 1, 5).unwrap();
     for mut options in all_options() {
         options.check_finite = false;
-        for codes in [topk(matrix, 5, options), batch_topk(matrix, 5, options)] {
+        for codes in [
+            topk(matrix, 5, options, &Cancel::new()),
+            batch_topk(matrix, 5, options, &Cancel::new()),
+        ] {
             assert_eq!(codes.unwrap().indices, [2, 4, 1]);
         }
     }
@@ -178,10 +190,36 @@ fn bad_arguments_are_refused() {
     let matrix = Matrix::new(&[1.0_f32, 2.0], 1, 2).unwrap();
     let options = all_options()[0];
     let text = |result: Result<Codes<f32>>| result.unwrap_err().to_string();
-    assert!(text(topk(matrix, 3, options)).contains("k is 3"));
-    assert!(text(batch_topk(matrix, 3, options)).contains("2 features"));
-    assert!(text(threshold(matrix, Threshold::Each(&[0.0]), options)).contains("1 thresholds"));
+    assert!(text(topk(matrix, 3, options, &Cancel::new())).contains("k is 3"));
+    assert!(text(batch_topk(matrix, 3, options, &Cancel::new())).contains("2 features"));
+    assert!(text(threshold(
+        matrix,
+        Threshold::Each(&[0.0]),
+        options,
+        &Cancel::new()
+    ))
+    .contains("1 thresholds"));
     // No elements, but a width that int32 can't index.
     let wide = Matrix::<f32>::new(&[], 0, 1 << 31).unwrap();
-    assert!(text(topk(wide, 1, options)).contains("int32"));
+    assert!(text(topk(wide, 1, options, &Cancel::new())).contains("int32"));
+}
+
+#[test]
+fn each_selection_stops_when_cancelled() {
+    let data = vec![1.0_f32; 40 * 300];
+    let matrix = Matrix::new(&data, 40, 300).unwrap();
+    let cancel = Cancel::new();
+    cancel.cancel();
+    for options in all_options() {
+        let shared = Threshold::Shared(0.5);
+        for codes in [
+            topk(matrix, 3, options, &cancel),
+            topk(matrix, 200, options, &cancel),
+            batch_topk(matrix, 3, options, &cancel),
+            batch_topk(matrix, 200, options, &cancel),
+            threshold(matrix, shared, options, &cancel),
+        ] {
+            assert!(matches!(codes, Err(Error::Interrupted)), "{codes:?}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use super::{check, join, Codes, Options, Part};
 use crate::rows::{map_ranges, Matrix};
 use crate::simd::Element;
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
 
 /// One threshold for all features, or one for each.
 #[derive(Clone, Copy, Debug)]
@@ -19,11 +19,12 @@ pub enum Threshold<'a> {
 ///
 /// # Errors
 /// Thresholds of another number than the width; with `check_finite`, a row that holds NaN or
-/// an infinity.
+/// an infinity; `cancel`.
 pub fn threshold<E: Element>(
     pre_activations: Matrix<'_, E>,
     threshold: Threshold<'_>,
     options: Options,
+    cancel: &Cancel,
 ) -> Result<Codes<E>> {
     check(pre_activations, None)?;
     let (rows, width) = (pre_activations.rows(), pre_activations.width());
@@ -45,6 +46,7 @@ pub fn threshold<E: Element>(
         let mut part = Part::with_rows(range.len());
         let mut keys = Vec::new();
         for row in range {
+            cancel.check()?;
             let values = pre_activations.row(row);
             if options.check_finite && !options.simd.all_finite(values) {
                 part.bad_row = Some(row);
@@ -59,7 +61,7 @@ pub fn threshold<E: Element>(
             }
             part.push_row(&mut keys);
         }
-        part
+        Ok(part)
     });
     join(rows, parts)
 }

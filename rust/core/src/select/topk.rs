@@ -1,18 +1,20 @@
 //! The k largest of each row.
 
-use super::{bound_below_kth, check, group_count, join, Codes, Options, Part};
+use super::kth::bound_below_kth;
+use super::{check, group_count, join, Codes, Options, Part};
 use crate::rows::{map_ranges, Matrix};
 use crate::simd::Element;
-use crate::Result;
+use crate::{Cancel, Result};
 
 /// The k largest positive values of each row; fewer where fewer are positive.
 ///
 /// # Errors
-/// `k` above the width; with `check_finite`, a row that holds NaN or an infinity.
+/// `k` above the width; with `check_finite`, a row that holds NaN or an infinity; `cancel`.
 pub fn topk<E: Element>(
     pre_activations: Matrix<'_, E>,
     k: usize,
     options: Options,
+    cancel: &Cancel,
 ) -> Result<Codes<E>> {
     check(pre_activations, Some(k))?;
     let rows = pre_activations.rows();
@@ -25,6 +27,7 @@ pub fn topk<E: Element>(
         let mut bits = vec![0_u32; groups];
         let mut keys = Vec::new();
         for row in range {
+            cancel.check()?;
             let values = pre_activations.row(row);
             let mut bound = 0.0;
             let finite = if groups == 0 {
@@ -35,7 +38,7 @@ pub fn topk<E: Element>(
                 for (bits, maximum) in bits.iter_mut().zip(&maxima) {
                     *bits = maximum.to_bits();
                 }
-                bound = bound_below_kth(&mut bits, k);
+                bound = bound_below_kth(&mut bits, k, cancel)?;
                 finite || !options.check_finite
             };
             if !finite {
@@ -52,7 +55,7 @@ pub fn topk<E: Element>(
             }
             part.push_row(&mut keys);
         }
-        part
+        Ok(part)
     });
     join(rows, parts)
 }

@@ -5,12 +5,11 @@ use std::path::Path;
 
 use half::bf16;
 use memmap2::MmapMut;
-use rayon::prelude::*;
 
 use super::activations::{ActivationDtype, ActivationShardReader, ActivationView};
 use super::fp8;
 use super::gather::{ColumnsMut, Listed, Rows, Starts};
-use crate::{Cancel, Error, Result};
+use crate::{pool, Cancel, Error, Result};
 
 /// Bytes of output that one task fills.
 const TASK_BYTES: usize = 1 << 18;
@@ -121,28 +120,34 @@ impl ActivationSet {
             rest = more;
             tasks.push((task * task_rows, out, columns));
         }
-        tasks
-            .into_par_iter()
-            .try_for_each(|(first, out, mut columns)| {
-                cancel.check()?;
-                let mut shard = 0;
-                for (place, out) in out.chunks_exact_mut(width).enumerate() {
-                    let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
-                    shard = found;
-                    let view = self.shards[shard].view();
-                    read_row(&view, row, output, out)?;
-                    columns.set(place, &view.columns, row);
-                }
-                Ok(())
-            })
+        pool::try_for_each(tasks, |(first, out, mut columns)| {
+            cancel.check()?;
+            let mut shard = 0;
+            for (place, out) in out.chunks_exact_mut(width).enumerate() {
+                let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
+                shard = found;
+                let view = self.shards[shard].view();
+                read_row(&view, row, output, out)?;
+                columns.set(place, &view.columns, row);
+            }
+            Ok(())
+        })
     }
 
     /// Copies the columns of `rows`, without their activations.
-    pub fn columns(&self, rows: &Rows<'_>, mut columns: ColumnsMut<'_>) -> Result<()> {
+    pub fn columns(
+        &self,
+        rows: &Rows<'_>,
+        mut columns: ColumnsMut<'_>,
+        cancel: &Cancel,
+    ) -> Result<()> {
         rows.check(self.rows())?;
         columns.check(rows.len())?;
         let mut shard = 0;
         for place in 0..rows.len() {
+            if place % 4096 == 0 {
+                cancel.check()?;
+            }
             let (found, row) = self.starts.locate_near(rows.get(place), shard);
             shard = found;
             columns.set(place, &self.shards[shard].view().columns, row);

@@ -3,11 +3,9 @@
 use std::ops::Range;
 use std::path::Path;
 
-use rayon::prelude::*;
-
 use super::codes::{CodeShardReader, CodeView, Indices, Values};
 use super::gather::{ColumnsMut, Listed, Rows, Starts};
-use crate::{Cancel, Error, Result};
+use crate::{pool, Cancel, Error, Result};
 
 /// Codes that one task copies, about.
 const TASK_CODES: usize = 1 << 16;
@@ -169,12 +167,11 @@ impl CodeSet {
                 "the arrays to fill do not fit the row offsets of these rows".to_owned(),
             ));
         }
-        tasks(rows.len(), offsets, values, indices, columns)
-            .into_par_iter()
-            .try_for_each(|task| {
-                cancel.check()?;
-                self.run(task, rows, offsets)
-            })
+        let tasks = tasks(rows.len(), offsets, values, indices, columns);
+        pool::try_for_each(tasks, |task| {
+            cancel.check()?;
+            self.run(task, rows, offsets)
+        })
     }
 
     fn run(&self, task: Task<'_>, rows: &Rows<'_>, offsets: &[i64]) -> Result<()> {

@@ -6,11 +6,17 @@
 //! every row comes exactly once, any place can be asked for alone (exact resumption
 //! is free), and the order depends on (rows, seed, epoch) and nothing else.
 
+use std::ops::Range;
+
+use crate::{Cancel, Result};
+
 /// At least this many bits: with fewer, the halves of the network are too small to
 /// mix well. Few rows then cost some walking, at most 2^12 steps an epoch in all.
 const MIN_BITS: u32 = 12;
 /// Each half is mixed six times.
 const ROUNDS: usize = 12;
+/// Places worked out between two looks at the cancel flag.
+const BLOCK_PLACES: u64 = 4096;
 
 /// The order of `rows` rows in one epoch.
 #[derive(Debug, Clone)]
@@ -64,6 +70,21 @@ impl Permutation {
                 return row;
             }
         }
+    }
+
+    /// The rows at the places `places`, all below `rows`.
+    ///
+    /// # Errors
+    /// `cancel`.
+    pub fn get_range(&self, places: Range<u64>, cancel: &Cancel) -> Result<Vec<u64>> {
+        let mut rows = Vec::with_capacity((places.end.saturating_sub(places.start)) as usize);
+        for place in places {
+            if place % BLOCK_PLACES == 0 {
+                cancel.check()?;
+            }
+            rows.push(self.get(place));
+        }
+        Ok(rows)
     }
 
     fn encrypt(&self, value: u64) -> u64 {

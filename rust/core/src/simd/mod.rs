@@ -1,6 +1,6 @@
 //! The few inner loops of selection and decoding, one twin per instruction set.
 //!
-//! [`scalar`] is the truth; the x86 twins must agree with it to the bit where
+//! The scalar one is the truth; the x86 twins must agree with it to the bit where
 //! they select, and within rounding where they add. The level is detected once,
 //! and a [`Simd`] of a level exists only on a CPU that has it, so that its
 //! methods are safe. On other architectures the scalar loops are what the
