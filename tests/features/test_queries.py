@@ -211,6 +211,48 @@ def test_sql_refuses_what_does_not_only_read_the_database(
     assert database.sql("SELECT count(*) FROM tokens").num_rows == 1
 
 
+_LOG = "enable_logging(storage='file', storage_config={'path': '{folder}/log'})"
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        (f"CALL {_LOG}; SELECT 1", "2 statements; expected one"),
+        ("SELECT 1; SELECT 2", "2 statements; expected one"),
+        (f"CALL {_LOG}", "of the kind CALL; expected one that reads"),
+        ("SET threads = 1", "of the kind SET; expected one that reads"),
+        ("PRAGMA table_info('tokens')", "of the kind PRAGMA; expected one that reads"),
+        (f"SELECT * FROM {_LOG}", "(locked|does not exist)"),
+        (f"EXPLAIN ANALYZE CALL {_LOG}", "(locked|does not exist)"),
+    ],
+)
+def test_sql_changes_no_setting(
+    query: str, problem: str, database: FeatureDB, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"SQL: .*{problem}"):
+        database.sql(query.replace("{folder}", str(tmp_path)))
+    # With logging on, this one ended the process.
+    assert database.sql("SELECT count(*) FROM tokens").num_rows == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "WITH a AS (SELECT 1 AS x) SELECT * FROM a;",
+        "FROM meta",
+        "VALUES (1)",
+        "SHOW TABLES",
+        "DESCRIBE tokens",
+        "SUMMARIZE meta",
+        "EXPLAIN SELECT * FROM tokens",
+        "PIVOT meta ON key USING count(*)",
+    ],
+)
+def test_sql_takes_every_statement_that_reads(query: str, database: FeatureDB) -> None:
+    assert database.sql(query).num_rows > 0
+
+
 def test_export_writes_every_table(database: FeatureDB, tmp_path: Path) -> None:
     files = database.export(tmp_path / "parquet")
     assert sorted(file.stem for file in files) == sorted(database.tables)

@@ -255,12 +255,15 @@ class FeatureDB:
     def sql(self, query: str, parameters: Sequence[object] | None = None) -> pa.Table:
         """The result of any query that reads, as an Arrow table.
 
+        One statement: SELECT, WITH, FROM, VALUES, PIVOT, SHOW, DESCRIBE, SUMMARIZE or EXPLAIN.
+
         Raises:
-            ValueError: a mistake in the query, or one that would change the database or reach for
-                other files.
+            ValueError: a mistake in the query, several statements or another one, or a query that
+                would change the database, its settings, or reach for other files.
         """
         with self._cursor() as cursor:
             try:
+                _require_one_that_reads(cursor, query)
                 table = interruptible(cursor, lambda: arrow_table(cursor, query, parameters or ()))
             except duckdb.Error as error:
                 raise ValueError(f"SQL: {error}") from None
@@ -358,6 +361,19 @@ class FeatureDB:
                 f"0 to {self.d_sae - 1}"
             )
         return number
+
+
+def _require_one_that_reads(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Parses the query, runs nothing."""
+    kinds = [statement.type.name for statement in connection.extract_statements(query)]
+    if len(kinds) > 1:
+        raise ValueError(f"SQL: {len(kinds)} statements; expected one, pass them one by one")
+    # SHOW, DESCRIBE and so on are of the kind SELECT; MULTI is PIVOT.
+    if kinds and kinds[0] not in {"SELECT", "EXPLAIN", "MULTI"}:
+        raise ValueError(
+            f"SQL: the query is of the kind {kinds[0]}; expected one that reads (SELECT, WITH, "
+            "FROM, SHOW, DESCRIBE, SUMMARIZE, EXPLAIN)"
+        )
 
 
 def _decoder(decode: Decode | Any | None) -> Decode | None:

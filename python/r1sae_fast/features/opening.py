@@ -14,6 +14,8 @@ _CONFIG: dict[str, Any] = {
     "enable_external_access": False,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
+    # So a query can't turn these back on, nor have a log written: DuckDB then ends the process.
+    "lock_configuration": True,
 }
 
 
