@@ -53,6 +53,13 @@ def test_an_error_without_a_message_names_its_type() -> None:
     assert invoke(fail).stderr == "error: ValueError\n"
 
 
+def test_nothing_in_a_message_moves_the_cursor() -> None:
+    def fail() -> None:
+        raise ValueError("it has \x1b]0;title\x07\x1b[2J\r\u202etables")
+
+    assert invoke(fail).stderr == "error: it has ␛]0;title␇␛[2J␍⟨U+202E⟩tables\n"
+
+
 def test_a_long_line_is_not_wrapped() -> None:
     def fail() -> None:
         raise ValueError("x " * 300)

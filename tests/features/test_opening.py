@@ -56,6 +56,14 @@ def test_a_database_of_something_else(tmp_path: Path) -> None:
         FeatureDB(path)
 
 
+def test_names_of_tables_are_shown_harmlessly(tmp_path: Path) -> None:
+    path = tmp_path / "else.ddb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute('CREATE TABLE "\x1b[2J\nx" (x INTEGER)')
+    with pytest.raises(DatabaseError, match=r"\(it has ␛\[2J↵x\)"):
+        FeatureDB(path)
+
+
 _WRITER = """
 import duckdb, sys
 with duckdb.connect(sys.argv[1]):

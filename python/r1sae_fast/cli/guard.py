@@ -45,8 +45,13 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def describe(error: Exception) -> str:
-    """The error's message; its type too where the message alone would say nothing."""
-    text = str(error).strip()
+    """The error's message; its type too where the message alone would say nothing.
+
+    A message may quote a file of unknown origin: nothing in it reaches the terminal as a control.
+    """
+    from r1sae_fast.features.text import visible
+
+    text = "\n".join(map(visible, str(error).strip().split("\n")))
     return text or type(error).__name__
 
 

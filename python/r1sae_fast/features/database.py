@@ -25,6 +25,7 @@ from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.search import search
 from r1sae_fast.features.stream import arrow_table
 from r1sae_fast.features.summary import FeatureSummary, Label
+from r1sae_fast.features.text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -90,7 +91,8 @@ class FeatureDB:
 
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is false.
-            DatabaseError: another process is building the same file.
+            DatabaseError: another build of the same file is running, this process has the file
+                open (close it first), or the disk or memory is full (the old file stays).
             ValueError: examples of other codes; codes whose rows don't say what token they are, or
                 two rows at the same place.
         """
@@ -343,10 +345,11 @@ class FeatureDB:
             columns.setdefault(table, set()).add(column)
         missing = [table for table in REQUIRED if table not in columns]
         if missing:
+            present = ", ".join(map(visible, columns)) or "none"
             raise DatabaseError(
                 f"{self.path}: no feature database: it lacks the table{'s' * (len(missing) > 1)} "
-                f"{' and '.join(missing)} (it has {', '.join(columns) or 'none'}); build one with "
-                "FeatureDB.build or `r1sae features build`"
+                f"{' and '.join(missing)} (it has {present}); build one with FeatureDB.build "
+                "or `r1sae features build`"
             )
         return columns
 
