@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.examples import Examples, collect_examples, histogram_edges
+from r1sae_fast.examples.ranges import RowRanges
 
 D_SAE = 11
 # Few strengths, so that ties abound; the ends of the histogram; all exact in bfloat16.
@@ -173,6 +174,42 @@ def test_feature_ids_out_of_range(index: int) -> None:
     )
     with pytest.raises(ValueError, match=r"feature id .* in row 1.*0\.\.11"):
         collect_examples(codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_twice_in_a_row_is_named(dtype: torch.dtype) -> None:
+    indices = torch.tensor([4, 4, 7, 4, 7], dtype=torch.int32)
+    codes = SparseCodes(torch.ones(5, dtype=dtype), indices, torch.tensor([0, 1, 2, 5]), D_SAE)
+    assert collect_examples(codes[:2]).counts[4] == 2  # in two rows it may
+    with pytest.raises(ValueError, match="feature 7 is active twice in row 12"):
+        collect_examples(codes, first_row=10)
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 6)), max_size=12),
+)
+def test_row_ranges_are_those_of_a_set(ranges: list[tuple[int, int]]) -> None:
+    added, expected = RowRanges(), set[int]()
+    for start, length in ranges:
+        rows = set(range(start, start + length))
+        if rows & expected:
+            with pytest.raises(ValueError, match=rf"hold row {min(rows & expected)}, which"):
+                added.add(start, start + length)
+        else:
+            added.add(start, start + length)
+            expected |= rows
+    pieces = list(zip(added.starts, added.stops, strict=True))
+    assert {row for start, stop in pieces for row in range(start, stop)} == expected
+    assert all(before[1] < after[0] for before, after in pairwise(pieces))
+
+
+def test_batches_of_the_same_rows_are_refused() -> None:
+    weak, strong = codes_with(1.0), codes_with(10.0)
+    with pytest.raises(ValueError, match=r"rows 0\.\.5 hold row 0.*counted twice"):
+        collect_examples([(0, weak), (0, weak)], n=1)
+    # Also when nothing of the rows is an example any more, or just some rows are the same.
+    with pytest.raises(ValueError, match=r"rows 4\.\.9 hold row 5"):
+        collect_examples([(0, weak[:4]), (5, strong), (4, weak)], n=1)
 
 
 def test_offsets_that_fall() -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
+from r1sae_fast.examples.ranges import RowRanges
 from r1sae_fast.examples.result import Examples, from_accumulator
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def collect_examples(
     Raises:
         NonFiniteError: a NaN or infinite strength; the row is named.
         ShardError: a damaged shard; the file is named.
-        ValueError: a negative strength; codes of another d_sae; no codes at all; a checkpoint of
-            other shards or another n; n out of range.
+        ValueError: a negative strength; a feature twice in a row (named); batches that hold the
+            same row; codes of another d_sae; no codes at all; a checkpoint of other shards or
+            another n; n out of range.
     """
     from r1sae_fast.examples.shard_run import ShardRun
     from r1sae_fast.shards import CodeShards
@@ -83,6 +85,7 @@ def _collect_batches(
     batches: CodeBatches = [codes] if isinstance(codes, SparseCodes) else codes
     accumulator: _core.ExampleAccumulator | None = None
     d_sae = 0
+    added = RowRanges()
     for item in batches:
         if isinstance(item, tuple):
             first_row, batch = item
@@ -98,6 +101,7 @@ def _collect_batches(
             accumulator = _core.ExampleAccumulator(d_sae, n)
         elif batch.d_sae != d_sae:
             raise ValueError(f"codes of d_sae = {batch.d_sae} follow codes of d_sae = {d_sae}")
+        added.add(first_row, first_row + batch.rows)
         accumulator.add(*_arrays(batch), first_row, threads)
         first_row += batch.rows
     if accumulator is None:

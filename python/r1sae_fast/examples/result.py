@@ -93,6 +93,9 @@ class Examples:
     def merge(self, other: Examples) -> Examples:
         """Examples of the rows of both, exactly as if collected at once.
 
+        The rows of the two must differ. Only the rows kept as examples can be compared, so not
+        every overlap is found: rows that stronger ones have pushed out are counted again unseen.
+
         Raises:
             ValueError: another d_sae or n, or a row that both hold as an example.
         """

@@ -173,9 +173,11 @@ impl<'a> CodesView<'a> {
         Ok(start as usize..end as usize)
     }
 
-    /// Refuses NaN, infinite and negative strengths and feature ids outside
-    /// `0..d_sae` among the codes of `rows`; returns where those codes lie.
-    pub(super) fn check(&self, rows: Range<usize>, d_sae: usize) -> Result<Range<usize>> {
+    /// Refuses NaN, infinite and negative strengths, feature ids outside `0..d_sae`
+    /// (`seen` is made for that many) and features active twice in a row among the
+    /// codes of `rows`; returns where those codes lie.
+    pub(super) fn check(&self, rows: Range<usize>, seen: &mut Seen) -> Result<Range<usize>> {
+        let d_sae = seen.stamps.len();
         let span = self.span(rows.clone())?;
         let bad = match self.values {
             Values::F32(values) => first_bad_value(&values[span.clone()]),
@@ -204,6 +206,20 @@ impl<'a> CodesView<'a> {
                 self.row_of(span.start + at, rows)
             )));
         }
+        let offsets = &self.row_offsets[rows.start..=rows.end];
+        let twice = match (self.values, self.indices) {
+            (Values::F32(v), Indices::U16(i)) => seen.first_twice(v, i, offsets),
+            (Values::F32(v), Indices::U32(i)) => seen.first_twice(v, i, offsets),
+            (Values::Bf16(v), Indices::U16(i)) => seen.first_twice(v, i, offsets),
+            (Values::Bf16(v), Indices::U32(i)) => seen.first_twice(v, i, offsets),
+        };
+        if let Some((row, feature)) = twice {
+            return Err(self.bad(format!(
+                "feature {feature} is active twice in row {}; a row must hold each feature at most \
+                 once",
+                self.row_id(rows.start + row)
+            )));
+        }
         Ok(span)
     }
 
@@ -211,6 +227,52 @@ impl<'a> CodesView<'a> {
     fn row_of(&self, at: usize, rows: Range<usize>) -> i64 {
         let ends = &self.row_offsets[rows.start + 1..=rows.end];
         self.row_id(rows.start + ends.partition_point(|&end| end as usize <= at))
+    }
+}
+
+/// Which features a row has shown so far.
+#[derive(Debug)]
+pub(super) struct Seen {
+    /// `[d_sae]`: the number of the row, counted by `row`, that showed a feature last.
+    stamps: Vec<u32>,
+    row: u32,
+}
+
+impl Seen {
+    pub(super) fn new(d_sae: usize) -> Self {
+        Self {
+            stamps: vec![0; d_sae],
+            row: 0,
+        }
+    }
+
+    /// The first row (of those that `offsets` bound) and feature that is active
+    /// twice there. Offsets and feature ids must have been checked.
+    fn first_twice<V: Value, I: Index>(
+        &mut self,
+        values: &[V],
+        indices: &[I],
+        offsets: &[i64],
+    ) -> Option<(usize, usize)> {
+        for (row, ends) in offsets.windows(2).enumerate() {
+            if self.row == u32::MAX {
+                self.stamps.fill(0);
+                self.row = 0;
+            }
+            self.row += 1;
+            let span = ends[0] as usize..ends[1] as usize;
+            for (value, index) in values[span.clone()].iter().zip(&indices[span]) {
+                // A stored zero is no activation: rows may be padded with them.
+                if value.strength() > 0.0 {
+                    let stamp = &mut self.stamps[index.feature()];
+                    if *stamp == self.row {
+                        return Some((row, index.feature()));
+                    }
+                    *stamp = self.row;
+                }
+            }
+        }
+        None
     }
 }
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::accumulator::Accumulator;
-use super::codes::CodesView;
+use super::codes::{CodesView, Seen};
 use crate::{Cancel, Result};
 
 /// Rows that a thread takes at a time.
@@ -40,10 +40,11 @@ fn add_directly(
     views: &[CodesView<'_>],
     cancel: &Cancel,
 ) -> Result<()> {
+    let mut seen = Seen::new(accumulator.d_sae());
     for (view, rows) in units(views) {
         for block in blocks(view, rows)? {
             cancel.check()?;
-            view.check(block, accumulator.d_sae())?;
+            view.check(block, &mut seen)?;
         }
     }
     for view in views {
@@ -67,8 +68,9 @@ fn collect_on(
     let next = AtomicUsize::new(0);
     let work = || -> Result<Accumulator> {
         let mut own = Accumulator::new(accumulator.d_sae(), accumulator.n())?;
+        let mut seen = Seen::new(accumulator.d_sae());
         while let Some((view, rows)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = add_unit(&mut own, view, rows.clone(), cancel) {
+            if let Err(error) = add_unit(&mut own, &mut seen, view, rows.clone(), cancel) {
                 // The others need not finish what will be thrown away.
                 next.store(units.len(), Ordering::Relaxed);
                 return Err(error);
@@ -124,13 +126,14 @@ fn blocks<'v>(
 /// Checks and adds a unit, block by block.
 fn add_unit(
     own: &mut Accumulator,
+    seen: &mut Seen,
     view: &CodesView<'_>,
     rows: Range<usize>,
     cancel: &Cancel,
 ) -> Result<()> {
     for block in blocks(view, rows)? {
         cancel.check()?;
-        view.check(block.clone(), own.d_sae())?;
+        view.check(block.clone(), seen)?;
         own.add_checked(view, block);
     }
     Ok(())
@@ -283,11 +286,22 @@ mod tests {
                 ((2, f32::INFINITY), "infinite value in row 102"),
                 ((2, -0.5), "strength -0.5 in row 102"),
                 ((D_SAE as u32, 1.0), "feature id 7 in row 102"),
+                ((1, 0.5), "feature 1 is active twice in row 102"),
             ] {
                 let rows = [good.clone(), vec![], vec![(1, 1.0), code], good.clone()];
                 let found = message(&rows, threads);
                 assert!(found.contains(words), "{found:?} lacks {words:?}");
             }
+        }
+    }
+
+    #[test]
+    fn zeros_may_pad_a_row() {
+        let owned = Owned::new(&[vec![(0, 0.0), (0, 1.0), (0, 0.0)], vec![(0, 2.0)]], 0);
+        for threads in [1, 2] {
+            let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
+            collect_on(&mut accumulator, &[owned.view()], threads, &Cancel::new()).unwrap();
+            assert_eq!(accumulator.examples().0[..2], [2.0, 1.0]);
         }
     }
 

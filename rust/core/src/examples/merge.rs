@@ -40,8 +40,9 @@ impl Accumulator {
     }
 
     /// Refuses accumulators that have a row of a feature in common: merging them
-    /// would count it twice. It sees only the rows kept as examples, so it finds
-    /// every shard that is merged twice, though not every overlap.
+    /// would count it twice. It sees only the rows kept as examples: rows whose
+    /// examples have all been pushed out by stronger ones can still be merged
+    /// twice unseen, so that they differ stays the caller's word.
     pub fn check_disjoint(&self, other: &Self) -> Result<()> {
         self.check_same_size(other)?;
         let mut mine = Vec::with_capacity(self.n());
