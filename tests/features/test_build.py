@@ -19,6 +19,7 @@ import torch
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, collect_examples
 from r1sae_fast.features import FeatureDB
+from r1sae_fast.features.build import _new_database
 from r1sae_fast.shards import CodeShards, CodeWriter
 
 Query = Callable[[str], list[tuple[Any, ...]]]
@@ -360,6 +361,133 @@ def test_two_builds_of_one_file_do_not_meet(
         assert temporary.exists()
         other.communicate("\n")
     duckdb.connect(str(temporary)).close()  # it was left whole
+
+
+_LOCKED = """
+import sys
+from pathlib import Path
+from r1sae_fast.features.lock import building_lock
+with building_lock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_build_that_has_written_nothing_yet_is_left_alone(
+    tmp_path: Path, make_world: Callable[..., World]
+) -> None:
+    codes = make_world(17, sequences=1).write(tmp_path / "codes")
+    path = tmp_path / "f.ddb"
+    with subprocess.Popen(
+        [sys.executable, "-c", _LOCKED, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(DatabaseError, match="another process is building this database"):
+            FeatureDB.build(path, codes)
+        other.communicate("\n")
+    FeatureDB.build(path, codes).close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["codes", "f.ddb"]
+
+
+def test_a_build_within_a_build_leaves_the_first_one_whole(
+    tmp_path: Path, make_world: Callable[..., World]
+) -> None:
+    codes = make_world(18, sequences=1).write(tmp_path / "codes")
+    path = tmp_path / "f.ddb"
+    refused = []
+
+    def decode(token: int) -> str:
+        if not refused:
+            with pytest.raises(DatabaseError, match="is building this database") as info:
+                FeatureDB.build(path, codes)
+            refused.append(info.value)
+        return str(token)
+
+    with FeatureDB.build(path, codes, decode=decode) as db:
+        assert (len(refused), db.metadata["rows"]) == (1, "40")
+
+
+def test_an_open_database_is_not_replaced(tmp_path: Path, make_world: Callable[..., World]) -> None:
+    path = tmp_path / "f.ddb"
+    first = make_world(19, sequences=1).write(tmp_path / "first")
+    second = make_world(20, sequences=2).write(tmp_path / "second")
+    with FeatureDB.build(path, first) as db:
+        before = path.read_bytes()
+        with pytest.raises(DatabaseError, match=r"f\.ddb: this process has the database open"):
+            FeatureDB.build(path, second, overwrite=True)
+        opened = []
+
+        def decode(token: int) -> str:
+            if not opened:
+                opened.append(FeatureDB(path))
+            return str(token)
+
+        db.close()
+        with pytest.raises(DatabaseError, match=r"f\.ddb: this process has the database open"):
+            FeatureDB.build(path, second, decode=decode, overwrite=True)
+        opened[0].close()
+        assert path.read_bytes() == before
+    with FeatureDB.build(path, second, overwrite=True) as db:
+        assert db.metadata["rows"] == "80"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["f.ddb", "first", "second"]
+
+
+# Builds with little room for files.
+_LIMITED = """
+import resource, sys
+from r1sae_fast.examples import collect_examples
+from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features import FeatureDB
+path, codes = sys.argv[1:]
+examples = collect_examples(codes)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    FeatureDB.build(path, codes, examples, overwrite=True)
+except DatabaseError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="posix limits")
+def test_a_full_disk_is_told_and_leaves_the_old_file(
+    tmp_path: Path, make_world: Callable[..., World]
+) -> None:
+    path = tmp_path / "f.ddb"
+    codes = make_world(21, sequences=1).write(tmp_path / "codes")
+    FeatureDB.build(path, codes).close()
+    before = path.read_bytes()
+    command = [sys.executable, "-c", _LIMITED, str(path), str(codes)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "f.ddb: the database could not be built: " in told.stdout
+    assert f"make room in {tmp_path}" in told.stdout
+    assert told.stderr == ""
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["codes", "f.ddb"]
+
+
+def test_duckdb_shows_no_bar_of_its_own(
+    database: FeatureDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = duckdb.connect
+    setting = "SELECT current_setting('enable_progress_bar')"
+
+    def with_bar(*args: Any, **options: Any) -> duckdb.DuckDBPyConnection:
+        """As in a notebook, where DuckDB turns it on."""
+        connection = connect(*args, **options)
+        if not options.get("read_only"):
+            connection.execute("SET enable_progress_bar = true")
+            assert connection.execute(setting).fetchone() == (True,)
+        return connection
+
+    monkeypatch.setattr(duckdb, "connect", with_bar)
+    with _new_database(tmp_path / "f.ddb") as connection:
+        assert connection.execute(setting).fetchone() == (False,)
+    # Queries run on cursors, which never have it.
+    assert database.sql(f"{setting} AS bar").to_pylist() == [{"bar": False}]
 
 
 def test_empty_codes_make_an_empty_database(tmp_path: Path) -> None:

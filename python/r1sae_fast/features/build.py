@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.labels import add_labels
+from r1sae_fast.features.lock import building_lock, require_not_open
 from r1sae_fast.features.schema import FORMAT, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
 from r1sae_fast.progress import progress_bar
@@ -66,19 +69,42 @@ def build(
 def _new_database(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection to an empty database, which takes the place of ``path`` on success."""
     spill = path.with_name(path.name + ".spill.tmp")
-    _clear(temporary_name(path))
-    with replacing(path) as temporary:
-        config: dict[str, Any] = {
-            "temp_directory": str(spill),
-            "autoinstall_known_extensions": False,
-            "autoload_known_extensions": False,
-        }
+    require_not_open(path)
+    with building_lock(path):
+        _clear(temporary_name(path))
         try:
-            with duckdb.connect(str(temporary), config=config) as connection:
-                yield connection
-        finally:
-            shutil.rmtree(spill, ignore_errors=True)
-            temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
+            with replacing(path) as temporary:
+                config: dict[str, Any] = {
+                    "temp_directory": str(spill),
+                    "autoinstall_known_extensions": False,
+                    "autoload_known_extensions": False,
+                }
+                try:
+                    with duckdb.connect(str(temporary), config=config) as connection:
+                        # DuckDB shows one of its own in notebooks.
+                        connection.execute("SET enable_progress_bar = false")
+                        yield connection
+                finally:
+                    shutil.rmtree(spill, ignore_errors=True)
+                    temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
+                require_not_open(path)
+        except duckdb.Error as error:
+            raise DatabaseError(_why_not_built(path, error)) from None
+
+
+def _why_not_built(path: Path, error: duckdb.Error) -> str:
+    if isinstance(error, duckdb.OutOfMemoryException):
+        advice = f"free memory, or disk space in {path.parent}, where what doesn't fit is kept"
+    elif isinstance(error, duckdb.IOException) or any(
+        os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    ):  # a write that fails in a checkpoint is of the kind FATAL
+        advice = f"make room in {path.parent} (a full disk? a limit on the size of files?)"
+    else:
+        advice = "if it is so again, please report it"
+    return (
+        f"{path}: the database could not be built: {error}; {advice}, then build it again "
+        "(what was there before is as it was)"
+    )
 
 
 def _clear(temporary: Path) -> None:
