@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from r1sae_fast.tiny_r1.problems import DAYS, FAMILIES, Problem, Step, problems
+from r1sae_fast.tiny_r1.problems import DAYS, FAMILIES, Problem, Step, distinct, problems
 
 
 def some(count: int, *, held_out: bool = False, seed: int = 3) -> list[Problem]:
@@ -82,3 +82,11 @@ def test_a_problem_depends_on_seed_and_index_only() -> None:
 def test_families_take_turns() -> None:
     names = [problem.family for problem in some(2 * len(FAMILIES))]
     assert names == list(FAMILIES) * 2
+
+
+def test_distinct_asks_nothing_twice() -> None:
+    repeated = some(600, held_out=True)
+    first = repeated[0].prompt
+    prompts = [problem.prompt for problem in distinct(repeated, {first})]
+    assert len(prompts) == len(set(prompts)) < 600
+    assert set(prompts) == {problem.prompt for problem in repeated} - {first}

@@ -21,7 +21,7 @@ from r1sae_fast.errors import CheckpointError
 from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.r1.chat import Tokenizer
 from r1sae_fast.r1.generate import Generation
-from r1sae_fast.tiny_r1.problems import Problem, problems
+from r1sae_fast.tiny_r1.problems import Problem, distinct, problems
 from r1sae_fast.tiny_r1.traces import OPENING, trace
 
 _ANSWER = re.compile(r"The answer is (\w+)\.\Z")
@@ -177,12 +177,12 @@ def evaluate(
 
     Args:
         model: a checkpoint folder, or "tiny-r1".
-        count: number of problems.
+        count: number of problems, no two alike.
         seed: which problems and which planted errors.
         progress: called with (done, total, what).
     """
     engine = LocalEngine.from_pretrained(model)
-    chosen = list(islice(problems(seed, held_out=True), count))
+    chosen = list(islice(distinct(problems(seed, held_out=True)), count))
     answers = _complete(engine, chosen, [""] * count, progress, "solving")
     right: dict[str, list[bool]] = defaultdict(list)
     formed = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 NAMES = ("Ana", "Ben", "Carla", "David", "Emma")
@@ -217,3 +217,15 @@ def problems(seed: int, *, held_out: bool, start: int = 0) -> Iterator[Problem]:
             problem = families[index % len(families)](rng)
         yield problem
         index += 1
+
+
+def distinct(source: Iterable[Problem], seen: Collection[str] = ()) -> Iterator[Problem]:
+    """``source`` without problems asked before, or whose prompt is in ``seen``.
+
+    The smaller families have a few dozen held-out problems, so a long stream repeats them.
+    """
+    asked = set(seen)
+    for problem in source:
+        if problem.prompt not in asked:
+            asked.add(problem.prompt)
+            yield problem
