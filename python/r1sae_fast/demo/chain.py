@@ -50,6 +50,7 @@ def run_demo(
 
     Raises:
         FileExistsError: the folder holds other things.
+        FileNotFoundError: no such model.
         ValueError: the folder's demo was begun with other settings or another model.
         ShardError: another process runs a demo in the folder.
     """
@@ -57,10 +58,12 @@ def run_demo(
     console = Console() if console is None else console
     folder = Path(out)
     watch = Stopwatch()
-    identity = {
-        **settings.to_dict(),
-        "model_fingerprint": fingerprint(resolve_checkpoint(settings.model)),
-    }
+    checkpoint = resolve_checkpoint(settings.model)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint}: no checkpoint (it has no config.json); give a folder like TinyR1's"
+        )
+    identity = {**settings.to_dict(), "model_fingerprint": fingerprint(checkpoint)}
     with demo_folder(folder):
         state = State(folder, identity)
         demo = Demo(settings, folder)

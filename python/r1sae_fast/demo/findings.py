@@ -11,7 +11,7 @@ import torch
 
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.demo.detect import Detector, StepTable, detect, strengths
-from r1sae_fast.demo.steps import MOMENTS, Step, find_steps
+from r1sae_fast.demo.steps import Step, find_steps
 from r1sae_fast.features import FeatureDB
 from r1sae_fast.r1.segments import Segment
 from r1sae_fast.sae import FastSAE
@@ -38,7 +38,7 @@ class Piece:
     mark: str = ""
     """"wrong": the result of a wrong step; "wait": the model's "Wait"."""
     strength: float = 0.0
-    """Of the detector of wrong results, relative to its strongest in the corpus."""
+    """Of the headline detector, relative to its strongest in the corpus."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Findings:
     sae: dict[str, float]
     features: list[Feature]
     detectors: list[Detector]
+    headline: int
+    """Which of :attr:`detectors` is shown first and drawn; see :func:`headline_of`."""
     detector_features: list[Feature]
     """The features of :attr:`detectors`, each once."""
     training: list[dict[str, float]]
@@ -94,7 +96,12 @@ class Findings:
     """Of each feature on the held-out traces."""
     wrong_strengths: list[float]
     right_strengths: list[float]
-    """Of the first detector, on the half of the steps that it is measured on."""
+    """Of the headline detector, on the half of the steps that it is measured on."""
+
+    @property
+    def first(self) -> Detector | None:
+        """The headline detector."""
+        return self.detectors[self.headline] if self.detectors else None
 
     def save(self, path: Path) -> None:
         """Writes ``summary.json``."""
@@ -128,7 +135,9 @@ def find(demo: Demo) -> Findings:
     own_steps = demo.own_steps()
     own = StepTable.of(own_steps, [len(one.tokens) for one in demo.own])
     detectors = detect(codes, activations, table, corpus_codes, own, seed=demo.settings.seed)
-    wrong, right = _strengths_by_kind(codes, table, detectors)
+    headline = headline_of(detectors)
+    first = detectors[headline] if detectors else None
+    wrong, right = _strengths_by_kind(codes, table, first)
     sae, density = _sae_figures(demo, activations, corpus_codes)
     with FeatureDB(demo.database) as db:
         features = [_feature(db, number) for number in clearest(db, _FEATURES)]
@@ -137,10 +146,11 @@ def find(demo: Demo) -> Findings:
     return Findings(
         settings=demo.settings.to_dict(),
         reasoning=_reasoning(demo, own_steps),
-        trace=_choose_trace(demo, own_steps, detectors, detector_features),
+        trace=_choose_trace(demo, own_steps, first, detector_features),
         sae=sae,
         features=features,
         detectors=detectors,
+        headline=headline,
         detector_features=detector_features,
         training=[
             {name: line[name] for name in ("tokens", "fvu", "dead_fraction")}
@@ -153,12 +163,21 @@ def find(demo: Demo) -> Findings:
     )
 
 
+def headline_of(detectors: list[Detector]) -> int:
+    """The first moment at which a feature surely knows (the interval of its AUROC lies above 0.9);
+    if none does, the moment of the largest AUROC."""
+    sure = [place for place, one in enumerate(detectors) if one.low > 0.9]
+    if sure or not detectors:
+        return sure[0] if sure else 0
+    return max(range(len(detectors)), key=lambda place: detectors[place].auroc)
+
+
 def _strengths_by_kind(
-    codes: CodeShards, table: StepTable, detectors: list[Detector]
+    codes: CodeShards, table: StepTable, first: Detector | None
 ) -> tuple[list[float], list[float]]:
-    if not detectors:
+    if first is None:
         return [], []
-    first, half = detectors[0], table.sequence % 2 == 1
+    half = table.sequence % 2 == 1
     found = strengths(codes, table.rows[first.moment][half], first.feature)
     wrong = table.wrong[half]
     return found[wrong].tolist(), found[~wrong].tolist()
@@ -209,7 +228,7 @@ def _reasoning(demo: Demo, own_steps: list[list[Step]]) -> dict[str, float]:
 def _choose_trace(
     demo: Demo,
     own_steps: list[list[Step]],
-    detectors: list[Detector],
+    first: Detector | None,
     detector_features: list[Feature],
 ) -> Trace | None:
     """The shortest own trace that slips once, notices and ends well; else the nearest to that."""
@@ -224,7 +243,7 @@ def _choose_trace(
         one, steps = demo.own[number], own_steps[number]
         start = sum(len(other.tokens) for other in demo.own[:number])
         return _trace(
-            demo, one.tokens, steps, CodeShards(demo.codes), start, detectors, detector_features,
+            demo, one.tokens, steps, CodeShards(demo.codes), start, first, detector_features,
             own=True, right=one.right,
         )  # fmt: skip
     start = 0
@@ -232,7 +251,7 @@ def _choose_trace(
         steps = find_steps(tokens, demo.decode)
         if sum(step.wrong for step in steps) == 1:
             return _trace(
-                demo, tokens, steps, CodeShards(demo.held_out_codes), start, detectors,
+                demo, tokens, steps, CodeShards(demo.held_out_codes), start, first,
                 detector_features, own=False, right=True,
             )  # fmt: skip
         start += len(tokens)
@@ -245,19 +264,19 @@ def _trace(
     steps: list[Step],
     codes: CodeShards,
     start: int,
-    detectors: list[Detector],
+    first: Detector | None,
     detector_features: list[Feature],
     *,
     own: bool,
     right: bool,
 ) -> Trace:
     marks = {step.places["result"]: "wrong" for step in steps if step.wrong}
-    marks |= {step.places["compare"] + 1: "wait" for step in steps if step.waited}
+    marks |= {step.places["verdict"] + 1: "wait" for step in steps if step.waited}
     relative = [0.0] * len(tokens)
-    if detectors:
-        largest = next(f.largest for f in detector_features if f.feature == detectors[0].feature)
+    if first is not None:
+        largest = next(f.largest for f in detector_features if f.feature == first.feature)
         rows = torch.arange(start, start + len(tokens))
-        found = strengths(codes, rows, detectors[0].feature)
+        found = strengths(codes, rows, first.feature)
         relative = (found / largest).tolist() if largest > 0 else relative
     segments = demo.engine.segments(tokens)
     return Trace(
@@ -332,4 +351,4 @@ def _feature(db: FeatureDB, number: int) -> Feature:
     )
 
 
-__all__ = ["MOMENTS", "Context", "Feature", "Findings", "Piece", "Trace", "clearest", "find"]
+__all__ = ["Context", "Feature", "Findings", "Piece", "Trace", "clearest", "find"]

@@ -98,7 +98,7 @@ def _detectors(findings: Findings) -> list[str]:
         )
         for one in findings.detectors
     ]
-    first = findings.detectors[0]
+    first = findings.detectors[findings.headline]
     header = ("asked", "feature", "AUROC (95%)", "own slips", "linear probe", "fires wrong/right")
     return [
         _table(header, rows),

@@ -9,6 +9,7 @@ import numpy as np
 
 from r1sae_fast.atomic import replacing
 from r1sae_fast.demo.findings import Findings
+from r1sae_fast.demo.show import MOMENT_NAMES
 
 _BLUE, _ORANGE, _RED, _GREY = "#2b6cb0", "#dd8a1e", "#c53030", "#718096"
 
@@ -50,18 +51,26 @@ def _draw_training(axes: Any, findings: Findings) -> None:
     held_out = findings.sae["fvu_batch_topk"]
     axes.axhline(held_out, color=_BLUE, linewidth=0.9, linestyle=":")
     axes.annotate(
-        f"held-out {held_out:.3f}", (1, held_out), xycoords=("axes fraction", "data"),
-        xytext=(-4, 4), textcoords="offset points", ha="right", va="bottom", color=_BLUE,
+        f"held-out {held_out:.3f}", (0, held_out), xycoords=("axes fraction", "data"),
+        xytext=(4, 3), textcoords="offset points", va="bottom", color=_BLUE,
     )  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    _logarithmic(axes)
+    axes.grid(alpha=0.25, linewidth=0.5)
     dead = axes.twinx()
     dead.spines["right"].set_visible(True)
     dead.plot(tokens, [100 * line["dead_fraction"] for line in lines], color=_ORANGE, linewidth=1.2)
     dead.set_ylabel("dead features (%)", color=_ORANGE)
     dead.set_ylim(0, max(5.0, *dead.get_ylim()))
+
+
+def _logarithmic(axes: Any) -> None:
+    """A log scale of y, with a number at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _draw_densities(axes: Any, findings: Findings) -> None:
@@ -76,6 +85,7 @@ def _draw_densities(axes: Any, findings: Findings) -> None:
         axes.hist(alive, bins=edges, color=_BLUE, alpha=0.85, edgecolor="white", linewidth=0.4)
         median = float(np.median(alive))
         axes.axvline(median, color=_GREY, linestyle="--", linewidth=1)
+        axes.set_ylim(0, 1.18 * axes.get_ylim()[1])
         axes.annotate(
             f"median {10**median:.2%}", (median, 1), xycoords=("data", "axes fraction"),
             xytext=(4, -2), textcoords="offset points", va="top", color=_GREY,
@@ -91,23 +101,23 @@ def _draw_densities(axes: Any, findings: Findings) -> None:
 
 
 def _draw_detector(axes: Any, findings: Findings) -> None:
-    axes.set_title("A wrong result, as it is written")
-    if not findings.detectors:
+    first = findings.first
+    axes.set_title("What tells a wrong step")
+    if first is None:
         axes.axis("off")
         axes.text(0.5, 0.5, "too few steps to say", ha="center", color=_GREY)
         return
-    first = findings.detectors[0]
     wrong, right = np.asarray(findings.wrong_strengths), np.asarray(findings.right_strengths)
-    largest = max(float(wrong.max()), float(right.max()), 1e-9)
+    largest = max(float(wrong.max()), float(right.max())) or 1.0
     edges = np.linspace(0, largest, 25)
     for values, colour, name in ((right, _GREY, "right steps"), (wrong, _RED, "wrong steps")):
         axes.hist(
             values, bins=edges, weights=np.full(len(values), 100 / max(len(values), 1)),
             color=colour, alpha=0.65, label=f"{name} ({len(values)})",
         )  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(f"strength of feature {first.feature} at the step's result")
+    _logarithmic(axes)
+    axes.set_ylim(0.05, 150)
+    axes.set_xlabel(f"strength of feature {first.feature} {MOMENT_NAMES[first.moment]}")
     axes.set_ylabel("share of steps (%)")
     axes.legend(
         frameon=False,

@@ -28,7 +28,7 @@ class DemoSettings:
     k: int = 16
     train_tokens: int = 3_000_000
     batch_size: int = 2048
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     seed: int = 0
 
     def training(self) -> TrainConfig:
@@ -59,7 +59,7 @@ SCALES = {
         k=8,
         train_tokens=40_000,
         batch_size=512,
-        learning_rate=5e-3,
+        learning_rate=1e-2,
     ),
 }
 """Settings by the name that ``r1sae demo --scale`` takes."""

@@ -21,10 +21,19 @@ if TYPE_CHECKING:
     from r1sae_fast.demo.stages import Demo
 
 MOMENT_NAMES = {
-    "result": "when the result is written",
-    "check": "when the check's result is written",
-    "compare": "when the comparison is done",
+    "result": "at the step's result",
+    "check": "at the check's result",
+    "compare": "before the difference",
+    "verdict": "after the difference",
 }
+_MOMENT_SIGNS = dict(zip(MOMENT_NAMES, "①②③④", strict=True))
+_MOMENT_PLACES = (
+    ("First, 34 plus 7 is 42", "result"),
+    (". Check: 34 plus 7 is 41", "check"),
+    (". Compare: 42 minus 41 is", "compare"),
+    (" 1.", "verdict"),
+    (" Wait", None),
+)
 _SEGMENT_STYLES = {"prompt": "dim", "thinking": "", "response": "green"}
 _MARK_STYLES = {"wrong": "bold white on red", "wait": "bold black on yellow"}
 
@@ -160,30 +169,35 @@ def _detector_part(findings: Findings) -> list[RenderableType]:
     if not findings.detectors:
         return [*parts, Text("Too few steps to say; run the demo at full scale.", style="dim")]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
-    table.add_column("asked")
+    table.add_column("asked", no_wrap=True)
     table.add_column("feature", justify="right", style="bold")
-    table.add_column("AUROC (95%)", justify="right")
+    table.add_column("AUROC (95%)", justify="right", no_wrap=True)
     table.add_column("own slips", justify="right")
-    table.add_column("linear probe", justify="right", style="dim")
-    table.add_column("fires on wrong / right", justify="right")
+    table.add_column("probe", justify="right", style="dim")
+    table.add_column("fires: wrong/right", justify="right")
     for one in findings.detectors:
         own = "-" if one.own_auroc is None else f"{one.own_auroc:.3f}"
         table.add_row(
-            MOMENT_NAMES[one.moment],
+            f"{_MOMENT_SIGNS[one.moment]} {MOMENT_NAMES[one.moment]}",
             f"#{one.feature}",
             Text.assemble((f"{one.auroc:.3f}", "bold"), f" ({one.low:.3f}-{one.high:.3f})"),
             own,
             f"{one.probe_auroc:.3f}",
-            f"{one.fires_on_wrong:.0%} / {one.fires_on_right:.1%}",
+            f"{one.fires_on_wrong:.0%}/{one.fires_on_right:.1%}",
         )
-    first = findings.detectors[0]
+    first = findings.detectors[findings.headline]
     note = (
         f"Held-out traces with planted slips: each feature was chosen on one half of them and is "
-        f"measured on the other ({first.wrong} wrong and {first.right} right steps); the probe "
-        f"reads all of the residual. Own slips: the same feature on {first.own_wrong} wrong and "
-        f"{first.own_right} right steps that TinyR1 wrote itself."
+        f"measured on the other ({first.wrong} wrong and {first.right} right steps). Probe: a "
+        f"linear one on all of the residual. Own slips: the same feature on {first.own_wrong} "
+        f"wrong and {first.own_right} right steps that TinyR1 wrote itself."
     )
-    parts += [table, Text(note, style="dim"), Text()]
+    places = Text("where: ", style="dim")
+    for text, moment in _MOMENT_PLACES:
+        places.append(text)
+        if moment is not None:
+            places.append(_MOMENT_SIGNS[moment], style="bold not dim")
+    parts += [table, places, Text(note, style="dim"), Text()]
     parts += [feature_lines(feature) for feature in findings.detector_features]
     return parts
 
@@ -194,7 +208,7 @@ def _next_part(findings: Findings, demo: Demo, seconds: float) -> list[Renderabl
     table.add_column(style="dim")
     table.add_row(str(demo.picture), "training curve, densities, the detector")
     table.add_row(str(demo.report), "all of this as a page; the figures are in summary.json")
-    number = findings.detectors[0].feature if findings.detectors else 0
+    number = findings.first.feature if findings.first else 0
     table.add_row(f"r1sae features show {demo.database} {number}", "a feature, in full")
     table.add_row(f'r1sae features search {demo.database} "Wait"', "features by label or token")
     table.add_row("r1sae tiny-r1 solve --temperature 1", "more of its thoughts")

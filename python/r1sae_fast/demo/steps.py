@@ -15,13 +15,15 @@ from itertools import accumulate
 
 from r1sae_fast.tiny_r1.problems import DAYS
 
-MOMENTS = ("result", "check", "compare")
-"""Places in a step, in order: the token of the step's own result; that of the check's result; and
-the full stop that ends the comparison, after which "Wait" is or is not due."""
+MOMENTS = ("result", "check", "compare", "verdict")
+"""Places in a step, in order: the token of the step's own result; that of the check's result; the
+"is" of the comparison, where both stand side by side and their difference comes next; and the full
+stop after the difference, where "Wait" is or is not due next."""
 
 _STEP = re.compile(
     r"(?:First|Next), (?P<left>[^.,]+?) is (?P<result>\w+)\. "
-    r"Check: [^.,]+? is (?P<check>\w+)\. Compare: [^.,]+? is \w+(?P<compare>\.)(?P<wait> Wait\b)?"
+    r"Check: [^.,]+? is (?P<check>\w+)\. "
+    r"Compare: [^.,]+?(?P<compare> is) \w+(?P<verdict>\.)(?P<wait> Wait\b)?"
 )
 _SUM = re.compile(r"(\d+) (plus|minus|times) (\d+)")
 _DAY = re.compile(rf"(\d+) days after ({'|'.join(DAYS)})")

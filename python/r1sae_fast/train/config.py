@@ -21,7 +21,9 @@ class TrainConfig:
             are kept at norm 1.
         tokens: rows to train on in all; the shards are gone through again as often as needed.
         batch_size: rows of a step.
-        learning_rate: Adam's peak; default ``2e-4 / sqrt(d_sae / 2**14)`` (arXiv:2406.04093).
+        learning_rate: Adam's peak; default ``2e-4 / sqrt(d_sae / 2**14)`` (arXiv:2406.04093) for
+            30,000 steps and more, and larger by ``sqrt(30_000 / steps)`` for fewer, up to tenfold:
+            a short run has no time for small steps (found on TinyR1's residuals).
         beta1: Adam's decay of the mean gradient.
         beta2: Adam's decay of the mean squared gradient.
         warmup: share of the steps in which the rate rises linearly.
@@ -33,7 +35,8 @@ class TrainConfig:
         dead_after_tokens: a feature is dead when it has not fired for so many tokens; default a
             tenth of ``tokens``, from 8 batches to 10 million.
         threshold_decay: of the moving average over steps of the smallest code kept, which becomes
-            the SAE's threshold.
+            the SAE's threshold; default such that it looks back over the last twentieth of the
+            run, from 10 to 1000 steps.
         outlier_factor: rows whose norm exceeds the median by this factor (attention sinks, the
             first token) are left out, and counted.
         seed: of the initial weights and the order of rows.
@@ -57,7 +60,7 @@ class TrainConfig:
     aux_coefficient: float = 1 / 32
     aux_k: int | None = None
     dead_after_tokens: int | None = None
-    threshold_decay: float = 0.99
+    threshold_decay: float | None = None
     outlier_factor: float = 10.0
     seed: int = 0
 
@@ -79,7 +82,8 @@ class TrainConfig:
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, 0.0, math.inf)
         for name in ("beta1", "beta2", "threshold_decay"):
-            _number(name, getattr(self, name), 0.0, math.nextafter(1.0, 0.0))
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0.0, math.nextafter(1.0, 0.0))
         for name in ("warmup", "decay"):
             _number(name, getattr(self, name), 0.0, 1.0)
         _number("gradient_clip", self.gradient_clip, math.ulp(0.0), math.inf)
@@ -96,7 +100,15 @@ class TrainConfig:
         """``learning_rate`` or its default."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return float(2e-4 / math.sqrt(self.d_sae / 2**14))
+        shortness = min(max(1.0, math.sqrt(30_000 / self.steps)), 10.0)
+        return 2e-4 / math.sqrt(self.d_sae / 2**14) * shortness
+
+    @property
+    def threshold_memory(self) -> float:
+        """``threshold_decay`` or its default."""
+        if self.threshold_decay is not None:
+            return self.threshold_decay
+        return 1.0 - 1.0 / min(max(self.steps / 20, 10.0), 1000.0)
 
     @property
     def dead_tokens(self) -> int:

@@ -137,7 +137,7 @@ class Learner:
     def _follow_threshold(self, values: Tensor) -> None:
         if values.numel() == 0:
             return
-        decay = self.config.threshold_decay
+        decay = self.config.threshold_memory
         # Divided by its own weight when read, as Adam's averages are, so the start is not 0.
         self.threshold = decay * self.threshold + (1.0 - decay) * float(values.min())
         self.threshold_weight = decay * self.threshold_weight + (1.0 - decay)
