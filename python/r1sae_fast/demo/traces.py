@@ -13,7 +13,7 @@ from pathlib import Path
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.tiny_r1.evaluate import final_answer
-from r1sae_fast.tiny_r1.problems import Problem, problems
+from r1sae_fast.tiny_r1.problems import Problem, distinct, problems
 from r1sae_fast.tiny_r1.traces import trace
 
 _BATCH = 128
@@ -130,12 +130,13 @@ def written(
         held_out: problems that TinyR1 was not trained on, or those it may have been.
         seed: which problems and slips; the i-th trace depends on these and i only.
         slip_rate: probability that a step slips.
-        without: prompts to leave out.
+        without: prompts to leave out of the held-out ones, which are all different.
     """
     tokenizer = engine.require_tokenizer()
-    for number, problem in enumerate(problems(seed + 202, held_out=held_out)):
-        if problem.prompt in without:
-            continue
+    source = problems(seed + 202, held_out=held_out)
+    if held_out:
+        source = distinct(source, without)
+    for number, problem in enumerate(source):
         rng = random.Random(f"{seed}/demo/{number}")
         text = "".join(piece.text for piece in trace(problem, rng, slip_rate))
         yield [*engine.encode_prompt(problem.prompt), *tokenizer.encode(text), tokenizer.eos_id]
@@ -152,7 +153,11 @@ def corpus(
 def held_out_traces(
     engine: LocalEngine, own: list[OwnTrace], *, count: int, seed: int, slip_rate: float
 ) -> list[list[int]]:
-    """Written traces of held-out problems, none of which the model was given itself."""
+    """Written traces of held-out problems, no two alike, none of which the model was given itself.
+
+    So no problem is in both of the halves that a detector is chosen and measured on. Single steps
+    ("9 plus 3") may be.
+    """
     seen = {one.prompt for one in own}
     source = written(engine, held_out=True, seed=seed, slip_rate=slip_rate, without=seen)
     return list(islice(source, count))
