@@ -16,6 +16,7 @@ from r1sae_fast.demo.display import WIDTH
 from r1sae_fast.demo.findings import Context, Feature, Findings, Piece, Trace
 from r1sae_fast.features.results import ContextToken, TopExample
 from r1sae_fast.features.show import heat
+from r1sae_fast.features.text import visible
 
 if TYPE_CHECKING:
     from r1sae_fast.demo.stages import Demo
@@ -108,7 +109,8 @@ def trace_text(pieces: list[Piece]) -> Text:
         # The space before a marked word is not part of what is marked.
         bare = piece.text.lstrip(" ") if piece.mark else piece.text
         text.append(piece.text[: len(piece.text) - len(bare)])
-        text.append(bare, style=style or None)
+        # Another model's tokens may hold anything; only line breaks reach the terminal as they are.
+        text.append("\n".join(map(visible, bare.split("\n"))), style=style or None)
     text.rstrip()
     return text
 

@@ -81,6 +81,7 @@ def build() -> Tokenizer:
 
 def write(directory: Path) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``directory``."""
-    build().save(str(directory / "tokenizer.json"))
+    tokenizer = build().to_str(pretty=True) + "\n"
+    (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     text = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2)
     (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
