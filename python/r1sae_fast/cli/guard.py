@@ -5,6 +5,7 @@ on stderr and exits 1; ctrl-c exits 130. Anything else is a bug of ours and show
 as does everything with ``r1sae --traceback ...`` or ``R1SAE_TRACEBACK=1``.
 """
 
+import os
 import shlex
 import sys
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 
 from r1sae_fast.errors import R1SaeError
 
+TRACEBACK = "R1SAE_TRACEBACK"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Commands (by their path below `r1sae`) that go on where they stopped when run again.
@@ -33,7 +35,7 @@ class GuardedGroup(TyperGroup):
             _say(_interrupted_line(sys.argv[1:]), style="yellow")
             raise typer.Exit(INTERRUPTED) from None
         except (R1SaeError, ValueError, OSError) as error:
-            if ctx.params.get("traceback"):
+            if ctx.params.get("traceback") or os.environ.get(TRACEBACK, "0") not in ("", "0"):
                 raise
             _fail(error)
 

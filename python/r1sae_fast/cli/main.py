@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from r1sae_fast.cli import demo, encode, examples, features, harvest, info, tiny_r1, train
-from r1sae_fast.cli.guard import GuardedGroup
+from r1sae_fast.cli.guard import TRACEBACK, GuardedGroup
 
 COMMANDS = [
     demo,
@@ -56,8 +56,8 @@ def root(
         bool,
         typer.Option(
             "--traceback",
-            envvar="R1SAE_TRACEBACK",
-            help="Show the whole traceback of an error instead of its one line.",
+            help="Show the whole traceback of an error instead of its one line "
+            f"(as does {TRACEBACK}=1).",
         ),
     ] = False,
     version: Annotated[
