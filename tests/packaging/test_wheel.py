@@ -32,7 +32,8 @@ pytestmark = [
 def maturin(*arguments: str, cwd: Path) -> None:
     """Runs maturin, its output shown where it fails."""
     command = [sys.executable, "-m", "maturin", *arguments]
-    environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target")}
+    # A target of its own: any other build at work in the tree's would take its library away.
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(ROOT / "target" / "packaging")}
     result = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
     )

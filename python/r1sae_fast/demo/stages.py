@@ -101,8 +101,8 @@ class Demo:
         return read_own(self.traces)
 
     def decode(self, token: int) -> str:
-        """The text of a token."""
-        return self._texts[token]
+        """The text of a token; none where the embedding is longer than the vocabulary."""
+        return self._texts[token] if token < len(self._texts) else ""
 
     @cached_property
     def _texts(self) -> list[str]:
