@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,20 @@ from r1sae_fast.r1.linear import Embedding, Linear
 from r1sae_fast.r1.moe import MLP, MoE
 from r1sae_fast.r1.norm import RMSNorm
 from r1sae_fast.r1.rope import rotary_table
+
+
+class BlockTap(Protocol):
+    """Called at a named point of a block; what it returns goes on in place of ``value``."""
+
+    def __call__(self, point: str, value: Tensor) -> Tensor:
+        """``point`` is input, self_attn, mlp or output; ``value`` [batch, seq, hidden]."""
+
+
+class ModelTaps(Protocol):
+    """What reads and writes inside a forward; see :mod:`r1sae_fast.r1.taps`."""
+
+    def at(self, layer: int) -> BlockTap | None:
+        """The tap of a block, None where nothing is attached to it."""
 
 
 class Block(nn.Module):
@@ -41,11 +57,13 @@ class Block(nn.Module):
         rotary: Tensor,
         bias: Tensor | None = None,
         cache: Tensor | None = None,
+        tap: BlockTap | None = None,
     ) -> Tensor:
         """Residual stream before the block [batch, seq, hidden] to the one after it; the other
         arguments are :meth:`LatentAttention.forward`'s."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, bias, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        x = x if tap is None else tap("input", x)
+        mixed = self.self_attn(self.input_layernorm(x), rotary, bias, cache)
+        return self._add(x, mixed, tap)
 
     def step(
         self,
@@ -54,11 +72,22 @@ class Block(nn.Module):
         cache: Tensor,
         slots: tuple[Tensor, Tensor],
         bias: Tensor,
+        tap: BlockTap | None = None,
     ) -> Tensor:
         """The same for new tokens [batch, new, hidden] after cached ones; the other arguments
         are :meth:`LatentAttention.step`'s."""
-        x = x + self.self_attn.step(self.input_layernorm(x), rotary, cache, slots, bias)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        x = x if tap is None else tap("input", x)
+        mixed = self.self_attn.step(self.input_layernorm(x), rotary, cache, slots, bias)
+        return self._add(x, mixed, tap)
+
+    def _add(self, x: Tensor, mixed: Tensor, tap: BlockTap | None) -> Tensor:
+        """Adds what attention gives, then what the feed-forward makes of the sum."""
+        if tap is None:
+            x = x + mixed
+            return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        x = x + tap("self_attn", mixed)
+        x = x + tap("mlp", self.mlp(self.post_attention_layernorm(x)))
+        return tap("output", x)
 
 
 def causal_bias(seq: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -121,23 +150,29 @@ class R1Model(nn.Module):
         return self.norm(self.residual(tokens))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
     def residual(
-        self, tokens: Tensor, layer: int | None = None, cache: LatentCache | None = None
+        self,
+        tokens: Tensor,
+        layer: int | None = None,
+        cache: LatentCache | None = None,
+        taps: ModelTaps | None = None,
     ) -> Tensor:
         """Token ids [batch, seq] to the residual stream after block ``layer`` (default: the last)
         [batch, seq, hidden]; later blocks are not run.
 
         Attention is causal and sequences start at position 0, so padding on the right changes
         nothing in front of it. With a ``cache``, its first ``seq`` slots are filled on the way.
+        ``taps`` read and write at points on the way.
         """
         x = self.embed_tokens(tokens).to(self.dtype)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         rotary = rotary_table(self.config, positions)
         blocks = self.layers if layer is None else self.layers[: layer + 1]
         for index, block in enumerate(blocks):
-            x = block(x, rotary, cache=None if cache is None else cache.rows[index])
+            tap = None if taps is None else taps.at(index)
+            x = block(x, rotary, cache=None if cache is None else cache.rows[index], tap=tap)
         return x  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
-    def step(self, tokens: Tensor, cache: LatentCache) -> Tensor:
+    def step(self, tokens: Tensor, cache: LatentCache, taps: ModelTaps | None = None) -> Tensor:
         """Residual stream after the last block [batch, new, hidden] for new tokens
         [batch, new] that continue the cached sequences; the cache grows by them."""
         batch, new = tokens.shape
@@ -151,6 +186,7 @@ class R1Model(nn.Module):
         x = self.embed_tokens(tokens).to(self.dtype)
         rotary = rotary_table(self.config, positions)
         for index, block in enumerate(self.layers):
-            x = block.step(x, rotary, cache.rows[index], slots, bias)  # type: ignore[operator]  # a Block
+            tap = None if taps is None else taps.at(index)
+            x = block.step(x, rotary, cache.rows[index], slots, bias, tap)  # type: ignore[operator]  # a Block
         cache.lengths = cache.lengths + new
         return x  # type: ignore[no-any-return]  # nn.Module calls are untyped
