@@ -90,9 +90,9 @@ format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
 	cargo fmt --all
 
 .PHONY: bench
-bench: $(INSTALLED) ## Time each operation against its reference (ARGS="-k select" picks some)
-	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only -q \
-	  --benchmark-columns=min,median,rounds --benchmark-sort=min $(ARGS)
+bench: $(INSTALLED) ## Time each operation beside its torch reference and the installed peers (ARGS="-k select")
+	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only --benchmark-quiet -q \
+	  --versus-json=benches/results/last.json $(ARGS)
 
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/

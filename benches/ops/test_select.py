@@ -1,4 +1,4 @@
-"""Selection: the torch reference, torch.topk as peers use it, and the path that users get."""
+"""Selection: the path that users get, its torch reference, and torch.topk as peers use it."""
 
 from collections.abc import Callable
 
@@ -6,33 +6,50 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1sae_fast.ops import batch_topk, batch_topk_reference, topk, topk_reference
+from r1sae_fast.ops import (
+    batch_topk,
+    batch_topk_reference,
+    threshold,
+    threshold_reference,
+    topk,
+    topk_reference,
+)
 
-ROWS, D_SAE, K = 64, 28_672, 128
 
-
-def plain_topk(pre_activations: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def plain_topk(pre_activations: Tensor, k: int) -> Tensor:
     """What other libraries run: fast, but with no order among ties."""
-    values, indices = torch.topk(pre_activations.relu(), k)
-    return values, indices
+    return torch.topk(pre_activations.relu(), k).indices
 
 
-PATHS: dict[str, dict[str, Callable[[Tensor, int], object]]] = {
-    "row top-k": {"reference": topk_reference, "torch.topk": plain_topk, "ours": topk},
-    "batch top-k": {"reference": batch_topk_reference, "ours": batch_topk},
+def plain_batch_topk(pre_activations: Tensor, k: int) -> Tensor:
+    """As the release: one top-k over the whole batch."""
+    flat = pre_activations.relu().reshape(-1)
+    return torch.topk(flat, k * len(pre_activations)).indices
+
+
+OPERATIONS: dict[str, dict[str, Callable[[Tensor, int], object]]] = {
+    "row top-k": {"ours": topk, "torch": topk_reference, "plain_torch": plain_topk},
+    "batch top-k": {
+        "ours": batch_topk,
+        "torch": batch_topk_reference,
+        "plain_torch": plain_batch_topk,
+    },
+    "threshold": {
+        "ours": lambda x, k: threshold(x, torch.tensor(2.8)),
+        "torch": lambda x, k: threshold_reference(x, torch.tensor(2.8)),
+    },
 }
 
 
-@pytest.mark.parametrize(
-    ("operation", "path"), [(name, path) for name, paths in PATHS.items() for path in paths]
-)
-def test_select(benchmark, generator, operation: str, path: str) -> None:
-    x = torch.randn(ROWS, D_SAE, generator=generator)
-    paths = PATHS[operation]
-    values, indices, offsets = paths["reference"](x, K)
-    ours = paths["ours"](x, K)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_select(versus, shape, generator, operation: str) -> None:
+    x = torch.randn(shape.rows, shape.d_sae, generator=generator)
+    paths = OPERATIONS[operation]
+    values, indices, offsets = paths["torch"](x, shape.k)
+    ours = paths["ours"](x, shape.k)
     assert torch.equal(ours.indices, indices.to(ours.indices.dtype))
     assert torch.equal(ours.values, values)
     assert torch.equal(ours.row_offsets, offsets)
-    benchmark.group = f"{operation}, {ROWS} x {D_SAE}, k={K}"
-    benchmark.pedantic(paths[path], args=(x, K), rounds=7, warmup_rounds=2)
+    calls = {name: lambda path=path: path(x, shape.k) for name, path in paths.items()}
+    versus(f"{operation}, {shape.rows} x {shape.d_sae}, k={shape.k}",
+           work=(shape.rows, "rows"), **calls)  # fmt: skip

@@ -1,0 +1,1 @@
+"""What every bench stands on: contenders timed in turns, machines told apart, ratios compared."""
