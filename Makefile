@@ -94,6 +94,16 @@ bench: $(INSTALLED) ## Time each operation beside its torch reference and the in
 	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only --benchmark-quiet -q \
 	  --versus-json=benches/results/last.json $(ARGS)
 
+.PHONY: aot
+aot: $(INSTALLED) ## Compile the Triton kernels for every GPU architecture (none needed); rewrite their table
+	@TRITON_INTERPRET=0 $(BIN)/python benches/triton_kernels/aot.py --markdown benches/triton_kernels/aot.md
+
+.PHONY: test-gpu
+test-gpu: $(INSTALLED) ## Run the kernels' tests on this machine's GPU
+	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
+	  { echo "skipped: torch sees no GPU here (torch.cuda.is_available() is False)"; exit 0; } && \
+	  R1SAE_TEST_GPU=1 $(BIN)/python -m pytest -q tests/triton_kernels $(ARGS)
+
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/
 	@$(BIN)/maturin build --quiet --release --locked --sdist --out dist

@@ -13,6 +13,11 @@ from typing import Any
 import hypothesis
 import pytest
 
+# Triton's kernels run under its interpreter, which is chosen when triton is first imported; with
+# R1SAE_TEST_GPU=1 (`make test-gpu`) they run on the GPU.
+if os.environ.get("R1SAE_TEST_GPU") != "1":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Read when torch is first imported, which is after this file: under xdist each process keeps to
 # one core, alone it may use all. Set for children too.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,0 +1,97 @@
+"""Calls of every launcher at the shapes that R1 and its SAEs have, on tensors without data.
+
+What ``make aot`` compiles and the tests check. A case says what its machine code must contain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from r1sae_fast.triton_kernels.launch import Launch, recording
+
+__all__ = ["CASES", "Case", "launches"]
+
+D_IN, D_SAE, ROWS, K = 7168, 28672, 4096, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: kernels, dtype and shape class that a user's call compiles."""
+
+    family: str
+    name: str
+    call: Callable[[], object]
+    wants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By target (``cuda``: all of NVIDIA's): instructions of which each must occur at least once
+    in the kernel named in ``of``."""
+    of: str = ""
+    """The kernel that ``wants`` is about; empty: the call's only one."""
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+    def wanted(self, target: str) -> tuple[str, ...]:
+        """Instructions that must occur for ``target``."""
+        both = self.wants.get("all", ())
+        general = self.wants.get("cuda", ()) if target.startswith("sm_") else ()
+        return (*both, *general, *self.wants.get(target, ()))
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def codes(dtype: torch.dtype, rows: int = ROWS, k: int = K) -> tuple[Tensor, Tensor, Tensor]:
+    """values, indices, row_offsets of k codes a row."""
+    return (
+        meta(rows * k, dtype=dtype),
+        meta(rows * k, dtype=torch.int32),
+        meta(rows + 1, dtype=torch.int64),
+    )
+
+
+def launches(case: Case, target: str) -> list[Launch]:
+    """What the case's call launches for a target."""
+    with recording(target) as recorded:
+        case.call()
+    return recorded
+
+
+def _decode_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.decode import decode, decode_error
+
+    vector = {"all": ("LDG.128",)}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        weight, bias = meta(D_SAE, D_IN, dtype=dtype), meta(D_IN, dtype=dtype)
+        x = meta(ROWS, D_IN, dtype=dtype)
+
+        def plain(dtype: torch.dtype = dtype, weight: Tensor = weight, bias: Tensor = bias) -> None:
+            decode(*codes(dtype), weight, bias)
+
+        def error(
+            dtype: torch.dtype = dtype, weight: Tensor = weight, bias: Tensor = bias, x: Tensor = x
+        ) -> None:
+            decode_error(*codes(dtype), weight, x, bias)
+
+        yield Case("decode", short, plain, vector)
+        yield Case("decode", f"{short}, error", error, vector)
+    fp8, scales = meta(D_SAE, D_IN, dtype=torch.float8_e4m3fn), meta(D_SAE, dtype=torch.float32)
+    bf16 = torch.bfloat16
+    yield Case(
+        "decode",
+        "fp8 weights",
+        lambda: decode(*codes(bf16), fp8, meta(D_IN, dtype=bf16), scales=scales),
+    )
+    yield Case(
+        "decode",
+        "ragged width",
+        lambda: decode(*codes(bf16), meta(D_SAE, 7001, dtype=bf16), meta(7001, dtype=bf16)),
+    )
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases,)
+"""One generator a kernel family."""

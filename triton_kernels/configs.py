@@ -1,0 +1,131 @@
+"""Launch settings, by kernel family and architecture.
+
+A small table that was reasoned out and compiled ahead of time, not tuned at import: no start-up
+cost, and the same kernel every time. ``tune.py`` measures others on the user's own device and
+writes a file; ``load`` puts such a file in force.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from r1sae_fast.triton_kernels.launch import current_target
+from r1sae_fast.triton_kernels.targets import INTERPRETER, TARGETS
+
+__all__ = ["Config", "config", "default_configs", "load", "reset", "save"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes (the kernel's constants) and the warps and pipeline stages of a program."""
+
+    blocks: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+    reason: str = field(default="", compare=False)
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of :func:`r1sae_fast.triton_kernels.launch.launch`."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# What is fastest under the interpreter is few, wide operations; what tests a kernel is several
+# programs and ragged ends, so its blocks are small.
+_TABLE: dict[str, dict[str, Config]] = {
+    "decode": {
+        "default": Config(
+            {"BLOCK_K": 8, "BLOCK_D": 256},
+            num_warps=4,
+            reason="a warp reads 512 bytes of one feature (16 a thread) and the four warps eight "
+            "features at once; 256 columns of all 28,672 features in bf16 are 15 MB, which the L2 "
+            "of an A100 (40 MB), H100 (50), B200 (126) and MI300X (256 MB MALL) keeps while all "
+            "rows pass over them",
+        ),
+        "gfx942": Config(
+            {"BLOCK_K": 8, "BLOCK_D": 512},
+            num_warps=4,
+            reason="as the default, for wavefronts of 64 threads",
+        ),
+        INTERPRETER: Config({"BLOCK_K": 4, "BLOCK_D": 32}),
+    },
+}
+_loaded: dict[str, dict[str, Config]] = {}
+
+
+def default_configs() -> dict[str, dict[str, Config]]:
+    """The built-in table: family, then target (``default``: those not named)."""
+    return {family: dict(by_target) for family, by_target in _TABLE.items()}
+
+
+def config(family: str, device: torch.device) -> Config:
+    """The settings in force for a kernel family on a device."""
+    target = current_target(device)
+    by_target = _TABLE[family]
+    loaded = _loaded.get(family, {}).get(target)
+    return loaded or by_target.get(target) or by_target["default"]
+
+
+def save(path: str | PathLike[str], measured: dict[str, dict[str, Config]]) -> None:
+    """Writes settings as JSON: family, target, settings."""
+    from r1sae_fast.atomic import write_bytes
+
+    table = {f: {t: asdict(c) for t, c in by.items()} for f, by in measured.items()}
+    write_bytes(Path(path), (json.dumps(table, indent=2) + "\n").encode())
+
+
+def load(path: str | PathLike[str]) -> None:
+    """Puts the settings of a file that :func:`save` wrote in force, before the built-in ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file; names what is wrong in it.
+    """
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); expected a file the tuner wrote") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: holds a {type(table).__name__}; expected families by name")
+    found: dict[str, dict[str, Config]] = {}
+    for family, by_target in table.items():
+        if family not in _TABLE:
+            raise ValueError(
+                f"{path}: kernel family {family!r} is not known; expected one of {sorted(_TABLE)}"
+            )
+        if not isinstance(by_target, dict):
+            raise ValueError(f"{path}: {family} is not a table of targets")
+        found[family] = {
+            target: _parsed(f"{path}: {family}: {target}", family, target, raw)
+            for target, raw in by_target.items()
+        }
+    _loaded.update(found)
+
+
+def reset() -> None:
+    """Back to the built-in table."""
+    _loaded.clear()
+
+
+def _parsed(where: str, family: str, target: str, raw: Any) -> Config:
+    if target not in TARGETS:
+        raise ValueError(f"{where}: not a known target; expected one of {sorted(TARGETS)}")
+    names = set(_TABLE[family]["default"].blocks)
+    if not isinstance(raw, dict) or not isinstance(raw.get("blocks"), dict):
+        raise ValueError(f"{where}: expected blocks, num_warps and num_stages")
+    blocks = raw["blocks"]
+    if set(blocks) != names:
+        raise ValueError(f"{where}: blocks are {sorted(blocks)}, expected {sorted(names)}")
+    numbers = {**blocks, "num_warps": raw.get("num_warps"), "num_stages": raw.get("num_stages")}
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{where}: {name} is {value!r}, expected a whole number above 0")
+        if name != "num_stages" and value & (value - 1):
+            raise ValueError(f"{where}: {name} is {value}, expected a power of two")
+    return Config(dict(blocks), raw["num_warps"], raw["num_stages"], str(raw.get("reason", "")))
