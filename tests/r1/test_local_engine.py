@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from r1sae_fast.errors import CheckpointError
-from r1sae_fast.r1.engines.local import LocalEngine, fingerprint
+from r1sae_fast.r1.engines.base import fingerprint
+from r1sae_fast.r1.engines.local import LocalEngine
 
 QUESTIONS = ["what is it?", "a", "why does the cat sit on the mat and not on the dog?", "go."]
 

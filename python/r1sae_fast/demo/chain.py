@@ -15,7 +15,7 @@ from r1sae_fast.demo.settings import DemoSettings
 from r1sae_fast.demo.show import show_findings, show_header
 from r1sae_fast.demo.stages import Demo
 from r1sae_fast.demo.state import State, demo_folder
-from r1sae_fast.r1.engines.local import fingerprint, resolve_checkpoint
+from r1sae_fast.r1.engines.base import fingerprint, resolve_checkpoint
 
 # Name, what is being done, the stage.
 STAGES: list[tuple[str, str, Callable[[Demo, Report], str]]] = [

@@ -2,58 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import operator
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from r1sae_fast.r1.chat import Messages, Tokenizer
+from r1sae_fast.r1.chat import Tokenizer
 from r1sae_fast.r1.checkpoint import load_model
+from r1sae_fast.r1.engines.base import (
+    Engine,
+    Prompt,
+    checkpoint_name,
+    fingerprint,
+    resolve_checkpoint,
+)
 from r1sae_fast.r1.generate import Generation, generate_tokens
 from r1sae_fast.r1.model import R1Model
 from r1sae_fast.r1.sampling import Sampling
-from r1sae_fast.r1.segments import segments
-from r1sae_fast.r1.weights import INDEX_NAME, SINGLE_NAME
-
-TINY_R1 = "tiny-r1"
-Prompt = str | Messages | Sequence[int]
-"""A question in plain text (one user message), a conversation, or token ids."""
 
 
-def resolve_checkpoint(name: Path | str) -> Path:
-    """The folder of a checkpoint: the shipped one for ``"tiny-r1"``, else the path itself."""
-    if str(name) == TINY_R1:
-        from r1sae_fast import tiny_r1
-
-        return Path(tiny_r1.path())
-    return Path(name)
-
-
-def fingerprint(directory: Path) -> str:
-    """16 hex digits that tell checkpoints apart without reading all of R1's 641 GiB.
-
-    Hashes config, tokenizer, index, and of every shard its name, size and first and last 64 KiB.
-    """
-    digest = hashlib.sha256()
-    for name in ("config.json", INDEX_NAME, "tokenizer.json", "tokenizer_config.json"):
-        path = directory / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    for shard in sorted((*directory.glob("model-*.safetensors"), directory / SINGLE_NAME)):
-        if shard.is_file():
-            size = shard.stat().st_size
-            digest.update(f"{shard.name} {size}".encode())
-            with shard.open("rb") as file:
-                digest.update(file.read(2**16))
-                file.seek(max(size - 2**16, 0))
-                digest.update(file.read(2**16))
-    return digest.hexdigest()[:16]
-
-
-class LocalEngine:
+class LocalEngine(Engine):
     """Runs a DeepSeek-V3/R1 checkpoint with torch: generation, residuals, logits."""
+
+    tokenizer: Tokenizer | None
 
     def __init__(
         self,
@@ -98,13 +70,33 @@ class LocalEngine:
         directory = resolve_checkpoint(checkpoint)
         model = load_model(directory, dtype=dtype, device=device, last_layer=last_layer)
         tokenizer = Tokenizer.from_pretrained(directory)
-        name = TINY_R1 if str(checkpoint) == TINY_R1 else directory.resolve().name
+        name = checkpoint_name(checkpoint)
         return cls(model, tokenizer, name=name, fingerprint=fingerprint(directory))
 
     @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.embed_tokens.weight.device
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the whole model, loaded or not."""
+        return self.config.num_hidden_layers
+
+    @property
+    def loaded_layers(self) -> int:
+        """Blocks that were loaded, from 0."""
+        return len(self.model.layers)
+
+    @property
+    def has_head(self) -> bool:
+        """False where only the blocks up to ``last_layer`` were loaded."""
+        return self.model.has_head
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.vocab_size
 
     @property
     def context(self) -> int:
@@ -112,72 +104,31 @@ class LocalEngine:
         return self.config.max_position_embeddings
 
     @property
-    def default_stop_ids(self) -> frozenset[int]:
-        """The end of sentence."""
-        tokenizer = self.tokenizer
-        return frozenset({self.config.eos_token_id if tokenizer is None else tokenizer.eos_id})
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embed_tokens.weight.device
+
+    @property
+    def eos_id(self) -> int:
+        """The config's end of sentence."""
+        return self.config.eos_token_id
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where there is none."""
-        if self.tokenizer is None:
-            raise ValueError("this engine has no tokenizer; give token ids instead of text")
+        super().require_tokenizer()
+        assert self.tokenizer is not None  # or super() has raised
         return self.tokenizer
-
-    def encode_prompt(self, prompt: Prompt, prefill: str = "") -> list[int]:
-        """Token ids of a prompt.
-
-        Text and conversations go through the chat template, which opens ``<think>``; token ids
-        are taken as they are. ``prefill`` is appended as the beginning of the model's answer.
-
-        Raises:
-            ValueError: the prompt is empty, longer than the context, or holds an id outside the
-                vocabulary.
-        """
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty")
-            ids = self.require_tokenizer().apply_chat_template(
-                [{"role": "user", "content": prompt}]
-            )
-        elif len(prompt) and isinstance(prompt[0], Mapping):
-            ids = self.require_tokenizer().apply_chat_template(prompt)  # type: ignore[arg-type]  # messages
-        else:
-            ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]  # token ids
-        if prefill:
-            ids = ids + self.require_tokenizer().encode(prefill)
-        if not ids:
-            raise ValueError("the prompt is empty: a sequence needs at least one token")
-        self._check_ids(ids)
-        return ids
 
     def _encode_nth(self, number: int, prompt: Prompt, prefill: str) -> list[int]:
         try:
             return self.encode_prompt(prompt, prefill)
         except ValueError as error:
             raise ValueError(f"prompt {number}: {error}") from None
-
-    def _check_ids(self, ids: Sequence[int]) -> None:
-        if len(ids) > self.context:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens, the model's context is {self.context}; "
-                "shorten the prompt"
-            )
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} is outside the vocabulary "
-                f"(0 to {self.config.vocab_size - 1})"
-            )
-
-    def segments(self, tokens: Sequence[int], prompt_length: int | None = None) -> list[int]:
-        """Prompt, thinking or response, of each token: :func:`r1sae_fast.r1.segments.segments`."""
-        tokenizer = self.tokenizer
-        return segments(
-            tokens,
-            think_id=None if tokenizer is None else tokenizer.think_id,
-            end_think_id=None if tokenizer is None else tokenizer.end_think_id,
-            prompt_length=prompt_length,
-        )
 
     def generate(
         self,
@@ -272,7 +223,7 @@ class LocalEngine:
                 raise ValueError(
                     f"the sequences have {seq} tokens, the model's context is {self.context}"
                 )
-            self._check_ids([int(token_ids.min()), int(token_ids.max())])
+            self.check_ids([int(token_ids.min()), int(token_ids.max())])
         if lengths is None:
             return token_ids, torch.ones_like(token_ids, dtype=torch.bool)
         lengths = torch.as_tensor(lengths, device=self.device)
@@ -317,24 +268,6 @@ class LocalEngine:
             )
         residual = self.model.residual(torch.where(present, token_ids, 0), layer)
         return residual.masked_fill_(~present[..., None], 0)
-
-    def check_layer(self, layer: int) -> None:
-        """Raises ValueError if there is no such layer or it was not loaded."""
-        count, loaded = self.config.num_hidden_layers, len(self.model.layers)
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count:
-            raise ValueError(f"layer {layer} does not exist: the model has 0 to {count - 1}")
-        if layer >= loaded:
-            raise ValueError(
-                f"layer {layer} was not loaded (last_layer was {loaded - 1}); load the engine again"
-            )
-
-    def check_head(self) -> None:
-        """Raises ValueError if the engine was loaded without the later layers and the head."""
-        if not self.model.has_head:
-            raise ValueError(
-                f"the engine was loaded up to layer {len(self.model.layers) - 1} only, which "
-                "gives residuals but no text; load it without last_layer"
-            )
 
     @torch.no_grad()
     def logits(
