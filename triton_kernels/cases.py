@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -69,16 +70,10 @@ def _decode_cases() -> Iterator[Case]:
         weight, bias = meta(D_SAE, D_IN, dtype=dtype), meta(D_IN, dtype=dtype)
         x = meta(ROWS, D_IN, dtype=dtype)
 
-        def plain(dtype: torch.dtype = dtype, weight: Tensor = weight, bias: Tensor = bias) -> None:
-            decode(*codes(dtype), weight, bias)
-
-        def error(
-            dtype: torch.dtype = dtype, weight: Tensor = weight, bias: Tensor = bias, x: Tensor = x
-        ) -> None:
-            decode_error(*codes(dtype), weight, x, bias)
-
-        yield Case("decode", short, plain, vector)
-        yield Case("decode", f"{short}, error", error, vector)
+        given = codes(dtype)
+        yield Case("decode", short, partial(decode, *given, weight, bias), vector)
+        errors = partial(decode_error, *given, weight, x, bias)
+        yield Case("decode", f"{short}, error", errors, vector)
     fp8, scales = meta(D_SAE, D_IN, dtype=torch.float8_e4m3fn), meta(D_SAE, dtype=torch.float32)
     bf16 = torch.bfloat16
     yield Case(
@@ -93,5 +88,57 @@ def _decode_cases() -> Iterator[Case]:
     )
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases,)
+def _gradient_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.sparse_grad import (
+        FeatureMajor,
+        gradient_of_values,
+        gradient_of_weight,
+    )
+
+    vector = {"all": ("LDG.128",)}
+    nnz = ROWS * K
+    by_feature = FeatureMajor(
+        meta(nnz, dtype=torch.int64),
+        meta(nnz, dtype=torch.int32),
+        meta(D_SAE + 1, dtype=torch.int64),
+    )
+    some = meta(512, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        gradient, weight = meta(ROWS, D_IN, dtype=dtype), meta(D_SAE, D_IN, dtype=dtype)
+        values, indices, offsets = codes(dtype)
+        yield Case(
+            "gradient_of_values",
+            short,
+            partial(gradient_of_values, gradient, indices, offsets, weight),
+            vector,
+        )
+        yield Case(
+            "gradient_of_weight",
+            short,
+            partial(
+                gradient_of_weight,
+                gradient,
+                values,
+                by_feature,
+                with_sums=True,
+                dtype=torch.float32,
+            ),
+            vector,
+        )
+        yield Case(
+            "gradient_of_weight",
+            f"{short}, some features",
+            partial(
+                gradient_of_weight,
+                gradient,
+                values,
+                by_feature,
+                features=some,
+            ),
+            vector,
+        )
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases, _gradient_cases)
 """One generator a kernel family."""

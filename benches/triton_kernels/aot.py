@@ -75,9 +75,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# What the kernels compile to",
         "",
-        "Computed by `make aot` without a GPU: nothing here is a measured time. Registers and spilled",
-        "bytes a thread, bytes of shared memory a block, how often an instruction occurs in the",
-        f"machine code. triton {triton.__version__}.",
+        "Computed by `make aot` without a GPU: nothing here is a measured time. Registers and",
+        "spilled bytes a thread, bytes of shared memory a block, how often an instruction occurs",
+        f"in the machine code. triton {triton.__version__}.",
         "",
         "| target | kernel | case | warps | stages | registers | spills | shared | instructions |",
         "|---|---|---|---|---|---|---|---|---|",
