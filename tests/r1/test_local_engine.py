@@ -110,7 +110,9 @@ def test_bf16(checkpoint: Path) -> None:
     residual = engine.residuals([ids], 2)
     assert residual.dtype == torch.bfloat16
     exact = LocalEngine.from_pretrained(checkpoint, dtype=torch.float32).residuals([ids], 2)
-    assert (residual.float() - exact).norm() < 0.1 * exact.norm()
+    # Rounding sends a token now and then to another expert; most stay where they were.
+    error = (residual.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.median() < 0.05
     assert not residual.is_inference()  # may be trained on
 
 

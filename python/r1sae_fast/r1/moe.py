@@ -79,8 +79,10 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a block, stacked: gate_up [experts, 2 * inter, hidden] and
+    """Routed experts of a block, stacked: gate_up [experts, 2 * inter, hidden] and
     down [experts, hidden, inter]. A checkpoint's per-expert tensors are slices of these.
+
+    All of a block's, or ``count`` consecutive ones where all don't fit in memory.
     """
 
     def __init__(
@@ -88,10 +90,11 @@ class Experts(nn.Module):
         config: R1Config,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        count: int | None = None,
     ) -> None:
         super().__init__()
-        count, inter = config.n_routed_experts, config.moe_intermediate_size
-        width = config.hidden_size
+        count = config.n_routed_experts if count is None else count
+        inter, width = config.moe_intermediate_size, config.hidden_size
         self.gate_up = nn.Parameter(
             torch.empty(count, 2 * inter, width, device=device, dtype=dtype)
         )
@@ -102,32 +105,43 @@ class Experts(nn.Module):
         tokens, k = experts.shape
         if tokens <= _FEW_TOKENS and self.gate_up.shape[0] <= _FEW_EXPERTS * k:
             outputs = self._every_expert(x)[experts, torch.arange(tokens, device=x.device)[:, None]]
-        else:
-            outputs = self._chosen_experts(x, experts)
-        return (outputs * weights.to(x.dtype)[..., None]).sum(1)
+            return (outputs * weights.to(x.dtype)[..., None]).sum(1)
+        total = x.new_zeros(x.shape, dtype=torch.float32)
+        self.add_part(total, x, experts, weights)
+        return total.to(x.dtype)
+
+    def add_part(
+        self, total: Tensor, x: Tensor, experts: Tensor, weights: Tensor, first: int = 0
+    ) -> None:
+        """Adds these experts' part to ``total`` float32 [tokens, hidden], in place.
+
+        A token's experts are added one by one in ascending order. So the parts of groups of
+        experts, added in order, make the sum over all of them to the bit: the streaming engine,
+        which has but a group in memory, rests on this. ``first`` is the number of the first of
+        these experts among the block's.
+        """
+        k = experts.shape[1]
+        count = self.gate_up.shape[0]
+        chosen = experts.flatten() - first
+        order = chosen.argsort(stable=True)
+        before = int((chosen < 0).sum()) if first else 0
+        inside = chosen[(chosen >= 0) & (chosen < count)]
+        counts = torch.bincount(inside, minlength=count).tolist()
+        parts = torch.split(order[before : before + inside.shape[0]], counts)
+        scales = weights.flatten()
+        for expert, slots in enumerate(parts):
+            if slots.shape[0]:
+                rows = slots // k
+                gate, up = F.linear(x[rows], self.gate_up[expert]).chunk(2, -1)
+                output = F.linear(F.silu(gate) * up, self.down[expert])
+                # A token has an expert once, so no row is added to twice: deterministic.
+                total.index_add_(0, rows, output * scales[slots, None])
 
     def _every_expert(self, x: Tensor) -> Tensor:
         """[experts, tokens, hidden]: more arithmetic, but two products instead of two an expert."""
         every = x.expand(self.gate_up.shape[0], -1, -1)
         gate, up = (every @ self.gate_up.transpose(1, 2)).chunk(2, -1)
         return (F.silu(gate) * up) @ self.down.transpose(1, 2)
-
-    def _chosen_experts(self, x: Tensor, experts: Tensor) -> Tensor:
-        """[tokens, k, hidden], each expert on its own tokens only."""
-        tokens, k = experts.shape
-        order = experts.flatten().argsort(stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=self.gate_up.shape[0]).tolist()
-        rows = order // k
-        outputs = []
-        for expert, part in enumerate(torch.split(x[rows], counts)):
-            if part.shape[0]:
-                gate, up = F.linear(part, self.gate_up[expert]).chunk(2, -1)
-                outputs.append(F.linear(F.silu(gate) * up, self.down[expert]))
-        # Back to token order by the inverse permutation: deterministic, unlike a scatter-add.
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(tokens * k, device=order.device)
-        sorted_outputs = torch.cat(outputs) if outputs else x.new_empty(0, x.shape[-1])
-        return sorted_outputs[inverse].view(tokens, k, -1)
 
 
 class MoE(nn.Module):
