@@ -7,11 +7,16 @@ CPU for float32 and bfloat16, a gradient, and is a ``torch.library`` custom oper
 
 from r1sae_fast.ops._simd import set_simd, simd_info
 from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
+from r1sae_fast.ops.code_values import with_gradient
 from r1sae_fast.ops.decode import decode, decode_reference
+from r1sae_fast.ops.screen import SCREEN_KINDS, Screen, ScreenKind
 from r1sae_fast.ops.threshold import threshold, threshold_reference
 from r1sae_fast.ops.topk import topk, topk_reference
 
 __all__ = [
+    "SCREEN_KINDS",
+    "Screen",
+    "ScreenKind",
     "batch_topk",
     "batch_topk_reference",
     "decode",
@@ -22,4 +27,5 @@ __all__ = [
     "threshold_reference",
     "topk",
     "topk_reference",
+    "with_gradient",
 ]
