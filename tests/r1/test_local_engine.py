@@ -109,7 +109,10 @@ def test_bf16(checkpoint: Path) -> None:
     ids = generations[2].tokens
     residual = engine.residuals([ids], 2)
     assert residual.dtype == torch.bfloat16
-    exact = LocalEngine.from_pretrained(checkpoint, dtype=torch.float32).residuals([ids], 2)
+    engine = LocalEngine.from_pretrained(checkpoint, fp8="dequantize")
+    residual = engine.residuals([ids], 2)
+    exact = LocalEngine.from_pretrained(checkpoint, dtype=torch.float32, fp8="dequantize")
+    exact = exact.residuals([ids], 2)
     # Rounding sends a token now and then to another expert; most stay where they were.
     error = (residual.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error.median() < 0.05
@@ -141,7 +144,9 @@ def test_residuals_stop_after_the_layer(engine: LocalEngine) -> None:
 
 
 def test_truncated_engine_gives_the_same_residuals(checkpoint: Path, engine: LocalEngine) -> None:
-    truncated = LocalEngine.from_pretrained(checkpoint, dtype=torch.float32, last_layer=1)
+    truncated = LocalEngine.from_pretrained(
+        checkpoint, dtype=torch.float32, last_layer=1, fp8="dequantize"
+    )
     tokens = [[1, 2, 3, 4, 5]]
     assert torch.equal(truncated.residuals(tokens, 1), engine.residuals(tokens, 1))
     with pytest.raises(ValueError, match=r"layer 2 was not loaded .*last_layer was 1"):

@@ -117,7 +117,7 @@ def test_the_correction_bias_and_the_groups_matter(make_model: MakeModel) -> Non
 
 def test_dequantised_checkpoint(make_model: MakeModel, tmp_path: Any) -> None:
     write_checkpoint(tmp_path, make_model().config, make_model().state_dict())
-    model = load_model(tmp_path, dtype=torch.float32)
+    model = load_model(tmp_path, dtype=torch.float32, fp8="dequantize")
     tokens = torch.randint(0, 96, (2, 50), generator=torch.Generator().manual_seed(3))
     twin = transformers_model(model)
     for layer, theirs in enumerate(residuals(twin, tokens)):
@@ -195,7 +195,7 @@ def test_rotation_for_compilers_is_the_same(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_tiny_r1_on_its_own_text() -> None:
     """The shipped, trained model: logits, every residual, and greedy text step by step."""
-    engine = LocalEngine.from_pretrained("tiny-r1", dtype=torch.float32)
+    engine = LocalEngine.from_pretrained("tiny-r1", dtype=torch.float32, fp8="dequantize")
     twin = transformers_model(engine.model)
     (generation,) = engine.generate(["What is 12 plus 7 minus 5?"], 40, greedy=True)
     tokens = torch.tensor([generation.tokens])

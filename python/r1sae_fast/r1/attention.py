@@ -53,7 +53,7 @@ class LatentAttention(nn.Module):
         """Each [batch, seq, heads, part]: the part without position, and the rotary one."""
         config = self.config
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.view(*x.shape[:2], config.num_attention_heads, config.qk_head_dim)
+        query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         return q_nope, rotate(q_rope, rotary[:, :, None])
 
@@ -86,6 +86,7 @@ class LatentAttention(nn.Module):
         config = self.config
         batch, seq, _ = x.shape
         heads = config.num_attention_heads
+        x = self.q_a_proj.prepare(x)
         q_nope, q_rope = self._queries(x, rotary)
         latent, k_rope = self._latents(x, rotary)
         if cache is not None:
@@ -124,6 +125,7 @@ class LatentAttention(nn.Module):
         config = self.config
         batch, new, _ = x.shape
         heads, rank = config.num_attention_heads, config.kv_lora_rank
+        x = self.q_a_proj.prepare(x)
         q_nope, q_rope = self._queries(x, rotary)
         cache[slots] = torch.cat(self._latents(x, rotary), -1)
         seen = cache[:, : bias.shape[-1]]

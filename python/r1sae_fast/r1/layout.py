@@ -6,7 +6,7 @@ One list serves the writer, the reader and whoever wants to count bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -29,10 +29,29 @@ class TensorSpec:
     expert: int | None = None
     rows: tuple[int, int] | None = None
 
+    def at_expert(self, place: int) -> TensorSpec:
+        """The same tensor where the model keeps that expert at another place."""
+        return replace(self, expert=place)
+
     @property
     def scale_name(self) -> str:
         """Name of the scales that go with the tensor where it is stored in fp8."""
         return f"{self.name}_scale_inv"
+
+    @property
+    def scale_parameter(self) -> str:
+        """Name in the model's state of the scales, where the model keeps the weight in fp8."""
+        return f"{self.parameter}_scale_inv"
+
+    def scale_slice_of(self, parameter: Tensor) -> Tensor:
+        """The view of the model's scales that go with this tensor."""
+        if self.expert is not None:
+            parameter = parameter[self.expert]
+        if self.rows is None:
+            return parameter
+        # gate and up, each with a grid of its own, since either may end in a ragged block
+        half = parameter.shape[0] // 2
+        return parameter[:half] if self.rows[0] == 0 else parameter[half:]
 
     def slice_of(self, parameter: Tensor) -> Tensor:
         """The view of the model's parameter that this tensor fills."""

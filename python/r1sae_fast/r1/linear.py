@@ -7,7 +7,7 @@ would be wasted: for R1, minutes of random numbers.
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
@@ -24,6 +24,11 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leaves the weight as it is."""
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What this layer, and others of the same input, may be given in place of ``x``: where
+        weights are fp8, activations are quantised here, once for all of them."""
+        return x
 
 
 class Embedding(nn.Embedding):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class R1Model(nn.Module):
         """
         super().__init__()
         self.config = config
+        # How the weights are kept that the checkpoint has in fp8, see load_model.
+        self.fp8: Literal["none", "w8a8", "dequantize"] = "none"
         count = config.num_hidden_layers
         if last_layer is not None:
             if not 0 <= last_layer < count:

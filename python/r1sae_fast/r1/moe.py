@@ -36,6 +36,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., width]."""
+        x = self.gate_proj.prepare(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
@@ -100,11 +101,27 @@ class Experts(nn.Module):
         )
         self.down = nn.Parameter(torch.empty(count, width, inter, device=device, dtype=dtype))
 
+    def quantize(self, x: Tensor) -> Tensor:
+        """What the products take in place of ``x``; Fp8Experts round it to fp8 here."""
+        return x
+
+    def expert(self, index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One expert's (gate_up [2 * inter, hidden], down [hidden, inter]) for a product in
+        ``dtype``."""
+        return self.gate_up[index], self.down[index]
+
+    def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """All experts' (gate_up, down), None where Fp8Experts dequantise one at a time."""
+        return self.gate_up, self.down
+
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """Sums each token's experts: x [tokens, hidden], experts and weights [tokens, k]."""
         tokens, k = experts.shape
-        if tokens <= _FEW_TOKENS and self.gate_up.shape[0] <= _FEW_EXPERTS * k:
-            outputs = self._every_expert(x)[experts, torch.arange(tokens, device=x.device)[:, None]]
+        stacked = self.stacked(x.dtype)
+        few = tokens <= _FEW_TOKENS and self.gate_up.shape[0] <= _FEW_EXPERTS * k
+        if stacked is not None and few:
+            every = self._every_expert(x, *stacked)
+            outputs = every[experts, torch.arange(tokens, device=x.device)[:, None]]
             return (outputs * weights.to(x.dtype)[..., None]).sum(1)
         total = x.new_zeros(x.shape, dtype=torch.float32)
         self.add_part(total, x, experts, weights)
@@ -129,19 +146,21 @@ class Experts(nn.Module):
         counts = torch.bincount(inside, minlength=count).tolist()
         parts = torch.split(order[before : before + inside.shape[0]], counts)
         scales = weights.flatten()
-        for expert, slots in enumerate(parts):
+        given = self.quantize(x)
+        for index, slots in enumerate(parts):
             if slots.shape[0]:
                 rows = slots // k
-                gate, up = F.linear(x[rows], self.gate_up[expert]).chunk(2, -1)
-                output = F.linear(F.silu(gate) * up, self.down[expert])
+                gate_up, down = self.expert(index, x.dtype)
+                gate, up = F.linear(given[rows], gate_up).chunk(2, -1)
+                output = F.linear(self.quantize(F.silu(gate) * up), down)
                 # A token has an expert once, so no row is added to twice: deterministic.
                 total.index_add_(0, rows, output * scales[slots, None])
 
-    def _every_expert(self, x: Tensor) -> Tensor:
+    def _every_expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """[experts, tokens, hidden]: more arithmetic, but two products instead of two an expert."""
-        every = x.expand(self.gate_up.shape[0], -1, -1)
-        gate, up = (every @ self.gate_up.transpose(1, 2)).chunk(2, -1)
-        return (F.silu(gate) * up) @ self.down.transpose(1, 2)
+        every = self.quantize(x).expand(gate_up.shape[0], -1, -1)
+        gate, up = (every @ gate_up.transpose(1, 2)).chunk(2, -1)
+        return self.quantize(F.silu(gate) * up) @ down.transpose(1, 2)
 
 
 class MoE(nn.Module):

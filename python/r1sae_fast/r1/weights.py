@@ -3,82 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1sae_fast.errors import CheckpointError
-from r1sae_fast.r1.fp8 import FP8_DTYPE, dequantize_blocks, scale_shape
+from r1sae_fast.r1.fp8 import FP8_MAX, dequantize_blocks, scale_shape
 from r1sae_fast.r1.layout import TensorSpec
+from r1sae_fast.r1.shard_file import Entry, ShardFile, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: tensor name to dtype, shape and data_offsets.
-
-    Checks the file's length against the header and reads nothing else.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: no safetensors file, or shorter or longer than its header says.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(
-                    f"{path}: {size} bytes hold no safetensors header; "
-                    "the file is truncated or of another kind, fetch it again"
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: this shard of the checkpoint is missing; fetch it again"
-        ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(
-            f"{path}: the header is not valid JSON; the file is damaged or no safetensors file"
-        ) from None
-    if not isinstance(header, dict):
-        raise CheckpointError(
-            f"{path}: the header is no JSON object but {type(header).__name__}; "
-            "the file is damaged or no safetensors file"
-        )
-    header.pop("__metadata__", None)
-    data = max((_data_end(path, name, entry) for name, entry in header.items()), default=0)
-    if size != 8 + length + data:
-        state = "truncated" if size < 8 + length + data else "longer than it should be"
-        raise CheckpointError(
-            f"{path}: {size:,} bytes found, its header says {8 + length + data:,}; "
-            f"the shard is {state}, fetch it again"
-        )
-    return header
-
-
-def _data_end(path: Path, name: str, entry: object) -> int:
-    """Where a tensor's bytes end, by its entry of a safetensors header."""
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    if not (
-        isinstance(offsets, list)
-        and len(offsets) == 2
-        and all(type(offset) is int and offset >= 0 for offset in offsets)
-    ):
-        raise CheckpointError(
-            f"{path}: the header is no safetensors header: {name!r} has no two data_offsets; "
-            "the file is damaged, fetch it again"
-        )
-    end: int = offsets[1]
-    return end
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+_BAND_BYTES = 2**26
 
 
 def _read_json(path: Path) -> Any:
@@ -147,8 +88,7 @@ class CheckpointReader:
         if not isinstance(self.config, dict):
             raise CheckpointError(f"{config_path}: not a JSON object")
         self.block_size = read_quantization(self.config, str(config_path))
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, ShardFile] = {}
         index_path = self.directory / INDEX_NAME
         single_path = self.directory / SINGLE_NAME
         if index_path.is_file():
@@ -181,79 +121,155 @@ class CheckpointReader:
         self.close()
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Closes the shards; tensors that :meth:`raw` gave out stay valid."""
+        for shard in self._open.values():
+            shard.close()
         self._open.clear()
-        self._stack.close()
 
-    def _shard(self, name: str) -> Any:
-        if name not in self._open:
-            path = self.directory / name
-            read_header(path)
-            try:
-                opened = safe_open(path, framework="pt")
-                self._open[name] = self._stack.enter_context(opened)
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a sound safetensors file ({error})") from None
-        return self._open[name]
-
-    def raw(self, name: str) -> Tensor:
-        """The stored tensor, mmap'd, in its stored dtype.
-
-        Raises:
-            FileNotFoundError: its shard is missing.
-            CheckpointError: the index does not name it, or its shard lacks it or is damaged.
-        """
+    def _shard_of(self, name: str) -> ShardFile:
+        """The shard that holds a tensor; raises as :meth:`raw`."""
         shard_name = self.shards.get(name)
         if shard_name is None:
             raise CheckpointError(
                 f"{self.directory}: no tensor {name!r} in the index; "
                 "the checkpoint is incomplete or of another model"
             )
-        shard = self._shard(shard_name)
-        if name not in shard.keys():  # noqa: SIM118  # a safetensors handle is no mapping
+        shard = self._open.get(shard_name)
+        if shard is None:
+            shard = self._open[shard_name] = ShardFile(self.directory / shard_name)
+        if name not in shard.entries:
             raise CheckpointError(
-                f"{self.directory / shard_name}: the index places {name!r} here, "
+                f"{shard.path}: the index places {name!r} here, "
                 "but the shard lacks it; index and shards are of different checkpoints"
             )
-        tensor: Tensor = shard.get_tensor(name)
-        return tensor
+        return shard
+
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a tensor, by its shard's header; raises as :meth:`raw`."""
+        return self._shard_of(name).entries[name]
+
+    def raw(self, name: str) -> Tensor:
+        """The stored tensor, mmap'd, in its stored dtype; do not write to it.
+
+        Raises:
+            FileNotFoundError: its shard is missing.
+            CheckpointError: the index does not name it, or its shard lacks it or is damaged.
+        """
+        return self._shard_of(name).tensor(name)
+
+    def release(self, name: str) -> None:
+        """Drops a tensor's pages from the process's memory."""
+        self._shard_of(name).release(name)
+
+    def is_fp8(self, spec: TensorSpec) -> bool:
+        """Whether a tensor is stored in fp8; its scales are checked then, by the headers alone.
+
+        Raises:
+            FileNotFoundError, CheckpointError: as :meth:`raw` and :meth:`read_into`.
+        """
+        entry = self.entry(spec.name)
+        self._check_shape(spec.name, entry.shape, spec.shape)
+        if entry.dtype != "F8_E4M3":
+            if entry.dtype not in PLAIN_DTYPES:
+                raise CheckpointError(
+                    f"{self.directory / self.shards[spec.name]}: {spec.name!r} is {entry.dtype}, "
+                    "expected F8_E4M3 with scales, BF16, F16 or F32"
+                )
+            return False
+        if not spec.quantised:
+            raise CheckpointError(
+                f"{self.directory / self.shards[spec.name]}: {spec.name!r} is fp8, expected BF16, "
+                "F16 or F32: in R1's layout only projections are quantised"
+            )
+        if self.block_size is None:
+            raise CheckpointError(
+                f"{self.directory}: {spec.name!r} is fp8, "
+                "but config.json has no quantization_config that says how it is scaled"
+            )
+        if spec.scale_name not in self.shards:
+            raise CheckpointError(
+                f"{self.directory}: {spec.name!r} is fp8, but its scales "
+                f"{spec.scale_name!r} are not in the index"
+            )
+        scales = self.entry(spec.scale_name)
+        self._check_shape(spec.scale_name, scales.shape, scale_shape(spec.shape, self.block_size))
+        if scales.dtype != "F32":
+            raise CheckpointError(
+                f"{self.directory / self.shards[spec.scale_name]}: {spec.scale_name!r} is "
+                f"{scales.dtype}, expected F32"
+            )
+        return True
 
     def read_into(self, spec: TensorSpec, target: Tensor) -> None:
         """Copies one tensor into ``target`` (same shape, floating dtype), dequantised.
 
-        Raises:
-            CheckpointError: wrong shape or dtype, or scales missing or of the wrong shape.
-        """
-        stored = self.raw(spec.name)
-        self._check(spec.name, stored, spec.shape)
-        if stored.dtype == FP8_DTYPE:
-            if self.block_size is None:
-                raise CheckpointError(
-                    f"{self.directory}: {spec.name!r} is fp8, "
-                    "but config.json has no quantization_config that says how it is scaled"
-                )
-            if spec.scale_name not in self.shards:
-                raise CheckpointError(
-                    f"{self.directory}: {spec.name!r} is fp8, but its scales "
-                    f"{spec.scale_name!r} are not in the index"
-                )
-            scales = self.raw(spec.scale_name)
-            self._check(spec.scale_name, scales, scale_shape(spec.shape, self.block_size))
-            if scales.dtype != torch.float32:
-                raise CheckpointError(
-                    f"{self.directory}: {spec.scale_name!r} is {scales.dtype}, expected float32"
-                )
-            stored = dequantize_blocks(stored, scales, target.dtype, self.block_size)
-        elif stored.dtype not in PLAIN_DTYPES:
-            raise CheckpointError(
-                f"{self.directory}: {spec.name!r} is {stored.dtype}, expected float8_e4m3fn with "
-                "scales, bfloat16, float16 or float32"
-            )
-        target.copy_(stored)
+        No more than some 64 MiB of the file is in the process's memory at any time.
 
-    def _check(self, name: str, stored: Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(stored.shape) != expected:
+        Raises:
+            FileNotFoundError: its shard is missing.
+            CheckpointError: wrong shape or dtype, scales missing, of the wrong shape or not
+                finite, or a weight beyond the largest number of ``target``'s dtype.
+        """
+        if self.is_fp8(spec):
+            scales = self._scales(spec)
+            largest = torch.finfo(target.dtype).max
+            risky = bool(scales.numel()) and float(scales.abs().max()) * FP8_MAX > largest
+            for rows, part in self._parts(spec.name, self._block_size[0]):
+                first = rows.start // self._block_size[0]
+                grid = scales[first : first + scale_shape(part.shape, self._block_size)[0]]
+                restored = dequantize_blocks(part, grid, target.dtype, self._block_size)
+                if risky and bool(torch.isinf(restored).any()):
+                    raise CheckpointError(
+                        f"{self.directory}: {spec.name!r} holds weights beyond {largest:.3g}, "
+                        f"the largest number of {target.dtype}; load it in float32"
+                    )
+                target[rows].copy_(restored)
+        else:
+            for rows, part in self._parts(spec.name):
+                target[rows].copy_(part)
+
+    def read_fp8_into(self, spec: TensorSpec, weight: Tensor, scale_inv: Tensor) -> None:
+        """Copies one fp8 tensor and its scales as they are; bounded and raising as
+        :meth:`read_into`."""
+        if not self.is_fp8(spec):
+            found = self.entry(spec.name).dtype
+            raise CheckpointError(f"{self.directory}: {spec.name!r} is {found}, expected F8_E4M3")
+        scale_inv.copy_(self._scales(spec))
+        for rows, part in self._parts(spec.name):
+            weight[rows].view(torch.uint8).copy_(part.view(torch.uint8))
+
+    @property
+    def _block_size(self) -> tuple[int, int]:
+        assert self.block_size is not None  # is_fp8 looked
+        return self.block_size
+
+    def _scales(self, spec: TensorSpec) -> Tensor:
+        scales = self.raw(spec.scale_name).clone()
+        self.release(spec.scale_name)
+        if not bool(torch.isfinite(scales).all()):
             raise CheckpointError(
-                f"{self.directory / self.shards[name]}: {name!r} has the shape "
-                f"{tuple(stored.shape)}, expected {expected} by config.json"
+                f"{self.directory / self.shards[spec.scale_name]}: {spec.scale_name!r} holds a "
+                "NaN or an infinity; the file is damaged, fetch it again"
+            )
+        return scales
+
+    def _parts(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Bands of rows (a ``multiple`` each) of a stored tensor, their pages dropped after use."""
+        shard = self._shard_of(name)
+        stored = shard.tensor(name)
+        if stored.numel() == 0:
+            return
+        shard.will_need(name)
+        row_bytes = stored[0].nbytes
+        band = max(_BAND_BYTES // row_bytes // multiple, 1) * multiple
+        for start in range(0, stored.shape[0], band):
+            rows = slice(start, min(start + band, stored.shape[0]))
+            yield rows, stored[rows]
+            shard.release(name, rows.start * row_bytes, rows.stop * row_bytes)
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if found != expected:
+            raise CheckpointError(
+                f"{self.directory / self.shards[name]}: {name!r} has the shape {found}, "
+                f"expected {expected} by config.json"
             )

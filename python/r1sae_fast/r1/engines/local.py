@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from r1sae_fast.r1.blocks import Fp8Mode
 from r1sae_fast.r1.chat import Tokenizer
 from r1sae_fast.r1.checkpoint import load_model
 from r1sae_fast.r1.engines.base import (
@@ -17,6 +19,7 @@ from r1sae_fast.r1.engines.base import (
     fingerprint,
     resolve_checkpoint,
 )
+from r1sae_fast.r1.fp8_linear import WeightCache
 from r1sae_fast.r1.generate import Generation, generate_tokens
 from r1sae_fast.r1.model import R1Model
 from r1sae_fast.r1.sampling import Sampling
@@ -52,23 +55,39 @@ class LocalEngine(Engine):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         last_layer: int | None = None,
+        *,
+        fp8: Fp8Mode = "w8a8",
+        weight_cache: WeightCache | Literal["auto"] = "auto",
     ) -> LocalEngine:
         """Loads a checkpoint folder with its tokenizer; ``"tiny-r1"`` is the shipped model.
 
         Args:
             checkpoint: the folder, or ``"tiny-r1"``.
-            dtype: the weights are dequantised to this, and all work is done in it.
+            dtype: of the residual stream and of all weights that are not kept in fp8.
             device: where to.
             last_layer: load no block after this one; then there are residuals up to it, but
                 neither logits nor generation.
+            fp8: "w8a8" runs a checkpoint in block fp8 as R1 was trained and is served: weights
+                stay fp8, the activations they meet are quantised. "dequantize" works in
+                ``dtype`` throughout, for parity with tools that do so. Without fp8 in the
+                checkpoint there is no difference.
+            weight_cache: whether fp8 weights are dequantised "once" or at every "call" where the
+                device has no kernels for them; "auto" goes by the memory left.
 
         Raises:
             FileNotFoundError: no checkpoint or tokenizer there, or a shard is missing.
             CheckpointError: something in the folder is malformed.
-            ValueError: no such layer.
+            ValueError: no such layer, or an unknown ``fp8`` or ``weight_cache``.
         """
         directory = resolve_checkpoint(checkpoint)
-        model = load_model(directory, dtype=dtype, device=device, last_layer=last_layer)
+        model = load_model(
+            directory,
+            dtype=dtype,
+            device=device,
+            last_layer=last_layer,
+            fp8=fp8,
+            weight_cache=weight_cache,
+        )
         tokenizer = Tokenizer.from_pretrained(directory)
         name = checkpoint_name(checkpoint)
         return cls(model, tokenizer, name=name, fingerprint=fingerprint(directory))
