@@ -21,7 +21,7 @@ from torch import Tensor
 from r1sae_fast.triton_kernels.launch import Launch
 from r1sae_fast.triton_kernels.targets import TARGETS
 
-__all__ = ["Compiled", "compile_launch", "ttir_faults"]
+__all__ = ["Compiled", "compile_launch", "specialisation", "ttir_faults"]
 
 _POINTER = {
     torch.float64: "*fp64",
@@ -106,7 +106,7 @@ def compile_launch(launch: Launch, target_name: str) -> Compiled:
     if not isinstance(launch.kernel, triton.runtime.jit.JITFunction):
         raise RuntimeError("the kernels were loaded for the interpreter; unset TRITON_INTERPRET")
     target = TARGETS[target_name]
-    signature, constants, attributes = _signature(launch)
+    signature, constants, attributes = specialisation(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     with tempfile.TemporaryFile() as log, _stderr_to(log):
         compiled = triton.compile(
@@ -139,7 +139,8 @@ def ttir_faults(ttir: str) -> list[str]:
     return [line.strip() for line in ttir.splitlines() if fault.search(line)]
 
 
-def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+def specialisation(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Argument types, constants and known alignments: all that the compiled kernel depends on."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}

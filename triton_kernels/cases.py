@@ -140,5 +140,40 @@ def _gradient_cases() -> Iterator[Case]:
         )
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases, _gradient_cases)
+R1_LINEAR = {
+    "q_a": (1536, 7168),
+    "kv_a (ragged)": (576, 7168),
+    "o": (7168, 16384),
+    "dense up": (18432, 7168),
+}
+"""R1's own [out, in]."""
+
+
+def _fp8_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.act_quant import act_quant
+    from r1sae_fast.triton_kernels.block_fp8_gemm import block_fp8_gemm, grouped_block_fp8_gemm
+
+    fp8, f32, bf16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+    cores = {"sm_80": ("HMMA",), "sm_90": ("QGMMA",), "sm_100": ("UTCMMA",), "gfx942": ("MFMA",)}
+    for dtype in (bf16, f32):
+        short = str(dtype).removeprefix("torch.")
+        x = meta(ROWS, D_IN, dtype=dtype)
+        yield Case("act_quant", short, partial(act_quant, x), {"all": ("LDG.128",)})
+    for rows in (32, ROWS):
+        for name, (n, k) in R1_LINEAR.items():
+            given = (meta(rows, k, dtype=fp8), meta(rows, -(-k // 128), dtype=f32))
+            weight = (meta(n, k, dtype=fp8), meta(-(-n // 128), -(-k // 128), dtype=f32))
+            call = partial(block_fp8_gemm, *given, *weight)
+            yield Case("block_fp8_gemm", f"{name}, {rows} rows", call, cores)
+        for name, (n, k) in {"gate_up": (4096, 7168), "down": (7168, 2048)}.items():
+            tokens = rows if name == "gate_up" else 8 * rows
+            given = (meta(tokens, k, dtype=fp8), meta(tokens, k // 128, dtype=f32))
+            weight = (meta(256, n, k, dtype=fp8), meta(256, n // 128, k // 128, dtype=f32))
+            slots = meta(8 * rows, dtype=torch.int64) if name == "gate_up" else None
+            offsets = meta(257, dtype=torch.int64)
+            call = partial(grouped_block_fp8_gemm, *given, *weight, offsets, slots)
+            yield Case("block_fp8_gemm", f"experts' {name}, {rows} tokens", call, cores)
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases, _gradient_cases, _fp8_cases)
 """One generator a kernel family."""

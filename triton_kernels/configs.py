@@ -75,6 +75,52 @@ _TABLE: dict[str, dict[str, Config]] = {
         "gfx942": Config({"BLOCK_K": 8, "BLOCK_D": 512}, num_warps=4, reason="wavefronts of 64"),
         INTERPRETER: Config({"BLOCK_K": 4, "BLOCK_D": 32}),
     },
+    "act_quant": {
+        "default": Config(
+            {"GROUPS": 8},
+            num_warps=4,
+            reason="1,024 numbers a program: 16 bytes a thread in bf16, a group's maximum within "
+            "16 threads",
+        ),
+        "gfx942": Config({"GROUPS": 16}, num_warps=4, reason="the same with 64 threads a wave"),
+        INTERPRETER: Config({"GROUPS": 2}),
+    },
+    "block_fp8_gemm": {
+        "default": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "STEP": 128},
+            num_warps=8,
+            num_stages=4,
+            reason="128 columns share a scale; two warp groups of 64 x 128; four stages of 32 KB "
+            "keep loads in flight within 228 KB",
+        ),
+        "sm_80": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 128, "STEP": 32},
+            num_warps=8,
+            num_stages=4,
+            reason="bytes become float16 in registers: 64 rows and 32 of the inner dimension fit",
+        ),
+        "gfx942": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "STEP": 32},
+            num_warps=8,
+            num_stages=2,
+            reason="as sm_80; two stages fit 64 KB of LDS",
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "STEP": 64}),
+    },
+    "block_fp8_gemm, few rows": {
+        "default": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 128, "STEP": 128},
+            num_warps=4,
+            num_stages=4,
+            reason="steps of generation: the time is that of reading the weight; 64 rows are the "
+            "least that a warp group's instruction takes",
+        ),
+        "sm_80": Config(
+            {"BLOCK_M": 32, "BLOCK_N": 128, "STEP": 32}, 4, 4, "as above, with 16-row instructions"
+        ),
+        "gfx942": Config({"BLOCK_M": 32, "BLOCK_N": 128, "STEP": 32}, 4, 2, "the same"),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "STEP": 64}),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 

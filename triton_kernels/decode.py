@@ -13,22 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from r1sae_fast.triton_kernels.configs import config
+from r1sae_fast.triton_kernels.e4m3 import e4m3_to_float32
 from r1sae_fast.triton_kernels.launch import launch
 from r1sae_fast.triton_kernels.traffic import Traffic
 
 __all__ = ["decode", "decode_error", "decode_traffic"]
-
-
-@triton.jit
-def _e4m3_to_float32(bits):
-    """e4m3 (NVIDIA's, as in R1's checkpoint) from its byte, on every architecture.
-
-    Its exponent and mantissa sit in a float16's with the bias 15 instead of 7, subnormals too:
-    what comes out is 2^8 too small. NaN becomes 480; no weight is NaN.
-    """
-    half = ((bits & 0x7F).to(tl.int16) << 7).to(tl.float16, bitcast=True)
-    magnitude = half.to(tl.float32) * 256.0
-    return tl.where(bits >= 128, -magnitude, magnitude)
 
 
 @triton.jit
@@ -76,7 +65,7 @@ def decode_kernel(
         )
         if HAS_SCALES:
             strengths *= tl.load(scales + features, mask=present, other=0.0)
-            total += strengths[:, None] * _e4m3_to_float32(weights)
+            total += strengths[:, None] * e4m3_to_float32(weights)
         else:
             total += strengths[:, None] * weights.to(tl.float32)
     reconstruction = tl.sum(total, axis=0)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1sae_fast.triton_kernels.aot import compile_launch, ttir_faults
+from r1sae_fast.triton_kernels.aot import compile_launch, specialisation, ttir_faults
 from r1sae_fast.triton_kernels.cases import CASES, launches
 from r1sae_fast.triton_kernels.targets import TARGETS
 
@@ -31,12 +31,7 @@ def table(targets: list[str], families: list[str]) -> Iterator[dict[str, Any]]:
                     continue
                 for launch in launches(case, target):
                     key = repr(
-                        (
-                            launch.name,
-                            launch.num_warps,
-                            launch.num_stages,
-                            {name: _kind(value) for name, value in launch.arguments.items()},
-                        )
+                        (launch.name, launch.num_warps, launch.num_stages, specialisation(launch))
                     )
                     if key not in seen:
                         seen[key] = compile_launch(launch, target)
@@ -57,15 +52,6 @@ def table(targets: list[str], families: list[str]) -> Iterator[dict[str, Any]]:
                         "warnings": list(found.warnings),
                         "ttir_faults": ttir_faults(found.ttir),
                     }
-
-
-def _kind(value: Any) -> Any:
-    """What of an argument the compiled kernel depends on."""
-    if hasattr(value, "dtype"):
-        return (str(value.dtype), value.storage_offset() * value.element_size() % 16 == 0)
-    if isinstance(value, bool) or not isinstance(value, int):
-        return value
-    return value if value in (0, 1) else ("divisible" if value % 16 == 0 else "number", value)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
