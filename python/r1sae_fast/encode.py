@@ -180,7 +180,7 @@ def _encode_batch(
         codes = sae.encode_sparse(x)
     else:
         keep = x.float().norm(dim=1) <= norm_limit
-        codes = _with_empty_rows(sae.encode_sparse(x[keep]), keep)
+        codes = with_empty_rows(sae.encode_sparse(x[keep]), keep)
     writer.write(
         codes,
         tokens=batch.tokens,
@@ -190,7 +190,7 @@ def _encode_batch(
     )
 
 
-def _with_empty_rows(codes: SparseCodes, keep: Tensor) -> SparseCodes:
+def with_empty_rows(codes: SparseCodes, keep: Tensor) -> SparseCodes:
     """``codes`` of the rows where ``keep [n]`` is true, and no codes in the others."""
     counts = torch.zeros(keep.shape[0], dtype=torch.int64, device=codes.device)
     counts[keep] = codes.row_offsets.diff()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from r1sae_fast.r1.cache import LatentCache
-from r1sae_fast.r1.model import R1Model
+from r1sae_fast.r1.model import ModelTaps, R1Model
 from r1sae_fast.r1.sampling import Sampler, Sampling
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Generation:
         tokens: ids of the whole sequence, prompt first, the stop token included.
         text: what the model wrote, without the prompt and without the stop token.
         prompt_length: number of tokens that the model did not write.
-        finish_reason: ``"stop"`` at a stop token, ``"length"`` at a limit.
+        finish_reason: ``"stop"`` at a stop token, ``"length"`` at a limit, ``"interrupted"``
+            in :class:`GenerationInterrupted` where neither was reached.
         segments: of each token, see :mod:`r1sae_fast.r1.segments`.
     """
 
@@ -34,6 +35,45 @@ class Generation:
     segments: list[int]
 
 
+class GenerationInterrupted(KeyboardInterrupt):
+    """ctrl-c during a generation; ``generations`` has what was written until then, one entry a
+    prompt (those not begun have no new tokens)."""
+
+    def __init__(self, generations: list[Generation]) -> None:
+        super().__init__("the generation was interrupted")
+        self.generations = generations
+
+
+class Written(NamedTuple):
+    """A token that a sequence was continued by.
+
+    Attributes:
+        row: place of the sequence in its batch.
+        token: the id.
+        reason: why the sequence ends here, None where it goes on.
+    """
+
+    row: int
+    token: int
+    reason: FinishReason | None
+
+
+class GenerationTaps(ModelTaps, Protocol):
+    """Taps that are told which tokens each forward is about to read."""
+
+    def begin(
+        self, rows: Sequence[int], first: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> None:
+        """Announces a forward.
+
+        Args:
+            rows: place in the batch of prompts of each sequence in it.
+            first: position of each one's first new token.
+            tokens: each one's new tokens; padding follows where others have more. A sequence that
+                is finished and only rides along has none.
+        """
+
+
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Ids int64 [sequences, longest], filled up with id 0."""
     longest = max(map(len, sequences))
@@ -42,7 +82,7 @@ def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch
 
 
 @torch.no_grad()
-def generate_tokens(
+def generate_steps(
     model: R1Model,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -50,27 +90,28 @@ def generate_tokens(
     stop_ids: Collection[int],
     context: int,
     numbers: Sequence[int],
-) -> list[tuple[list[int], FinishReason]]:
+    taps: GenerationTaps | None = None,
+) -> Generator[list[Written], None, None]:
     """Continues one batch of prompts, none of them empty or longer than ``context``.
 
     Args:
         model: with a head.
-        prompts: token ids.
+        prompts: token ids. One that fills the context is not continued at all.
         sampling: the settings.
         stop_ids: a sequence ends with the first of these that it writes.
         context: a sequence ends when it has so many tokens.
         numbers: of the sequences; they choose the random streams.
+        taps: read and write inside every forward.
 
-    Returns:
-        For each prompt the new token ids and why they end.
+    Yields:
+        After each step, the next token of every sequence that has not ended.
     """
-    written: list[list[int]] = [[] for _ in prompts]
-    reasons: list[FinishReason] = ["length"] * len(prompts)
+    counts = [0] * len(prompts)
     limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
-    # A prompt that fills the context is finished before it starts.
-    batch = [row for row, limit in enumerate(limits) if limit > 0]
+    done = [limit <= 0 for limit in limits]
+    batch = [row for row in range(len(prompts)) if not done[row]]
     if not batch:
-        return list(zip(written, reasons, strict=True))
+        return
 
     device = model.embed_tokens.weight.device
     tokens = pad_right([prompts[row] for row in batch], device)
@@ -83,27 +124,37 @@ def generate_tokens(
         capacity=tokens.shape[1] + min(sampling.max_new_tokens, 128),
         dtype=model.dtype,
     )
-    residual = model.residual(tokens, cache=cache)
+    if taps is not None:
+        taps.begin(batch, [0] * len(batch), [prompts[row] for row in batch])
+    residual = model.residual(tokens, cache=cache, taps=taps)
     last = residual[torch.arange(len(batch), device=device), lengths - 1]
-    done = [limit == 0 for limit in limits]
     while True:
         # Float32 from here on: in bf16 many logits of a large vocabulary tie.
         chosen = sampler(model.lm_head(model.norm(last)).float())
-        for row, token in zip(batch, chosen.tolist(), strict=True):
-            if done[row]:
-                continue
-            written[row].append(token)
-            if token in stop_ids:
-                reasons[row] = "stop"
-            done[row] = token in stop_ids or len(written[row]) == limits[row]
+        ids: list[int] = chosen.tolist()
+        step = []
+        for row, token in zip(batch, ids, strict=True):
+            if not done[row]:
+                counts[row] += 1
+                reason: FinishReason | None = None
+                if token in stop_ids:
+                    reason = "stop"
+                elif counts[row] == limits[row]:
+                    reason = "length"
+                done[row] = reason is not None
+                step.append(Written(row, token, reason))
+        yield step
         places = [place for place, row in enumerate(batch) if not done[row]]
         if not places:
-            return list(zip(written, reasons, strict=True))
+            return
         # Dropping rows copies the cache, so finished ones ride along until they are many.
         if len(places) <= 0.75 * len(batch):
-            batch = [batch[place] for place in places]
+            batch, ids = [batch[place] for place in places], [ids[place] for place in places]
             kept = torch.tensor(places, device=device)
             sampler.keep(places)
             cache.keep(kept)
             chosen = chosen[kept]
-        last = model.step(chosen[:, None], cache)[:, 0]
+        if taps is not None:
+            new = [[] if done[row] else [token] for row, token in zip(batch, ids, strict=True)]
+            taps.begin(batch, [len(prompts[row]) + counts[row] - 1 for row in batch], new)
+        last = model.step(chosen[:, None], cache, taps)[:, 0]
