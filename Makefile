@@ -26,7 +26,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 
 .PHONY: help
 help: ## List the verbs
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: install
 install: $(INSTALLED) ## Create .venv, build the release extension, install the package with its dev extra
@@ -62,6 +62,7 @@ lint-python: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=python:benches $(BIN)/mypy --explicit-package-bases benches/harness benches/peers
 	MYPYPATH=python $(BIN)/stubtest r1sae_fast._core \
 	  --mypy-config-file pyproject.toml --allowlist .ci/stubtest-allow.txt
 
@@ -93,6 +94,14 @@ format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
 bench: $(INSTALLED) ## Time each operation beside its torch reference and the installed peers (ARGS="-k select")
 	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only --benchmark-quiet -q \
 	  --versus-json=benches/results/last.json $(ARGS)
+
+.PHONY: bench-check
+bench-check: $(INSTALLED) ## Fail where a path lost a fifth of its lead over the reference (small shapes)
+	@PYTHONPATH=benches $(BIN)/python -m harness.check $(ARGS)
+
+.PHONY: bench-baseline
+bench-baseline: $(INSTALLED) ## Write the baseline that bench-check compares this kind of CPU with
+	@PYTHONPATH=benches $(BIN)/python -m harness.check --write $(ARGS)
 
 .PHONY: aot
 aot: $(INSTALLED) ## Compile the Triton kernels for every GPU architecture (none needed); rewrite their table

@@ -24,6 +24,8 @@ class Result:
     work: tuple[float, str] | None = None
     """How much one call does, and of what: ``(1024, "tokens")``."""
     notes: dict[str, Any] = field(default_factory=dict)
+    test: str = ""
+    """The bench that it comes from, as pytest takes it: ``path::name``."""
 
     def median(self, contender: str = OURS) -> float:
         """Seconds of a call."""
@@ -68,6 +70,7 @@ class Result:
             "rounds": len(self.seconds[OURS]),
             "work": self.work,
             "notes": self.notes,
+            "test": self.test,
         }
 
 

@@ -27,6 +27,8 @@ class Versus:
     """pytest-benchmark's fixture."""
     shape: str
     """The size's name, which becomes part of the result's."""
+    test: str
+    """Where the bench stands, as pytest takes it: ``path::name``."""
     seconds: float
     """How long a contest may take, unless it says so itself."""
     results: list[Result] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Versus:
             self.benchmark.pedantic(our_turn, setup=others_turn, rounds=rounds, warmup_rounds=0)
         finally:
             gc.enable()
-        result = Result(name, times, work, notes or {})
+        result = Result(name, times, work, notes or {}, self.test)
         self.results.append(result)
         self.benchmark.extra_info.update(result.summary())
         return result

@@ -5,6 +5,7 @@ import torch
 
 from peers import KNOWN, installed
 from r1sae_fast import FastSAE
+from r1sae_fast.sae.config import Mode
 
 ROWS, D_IN, D_SAE, K = 33, 64, 512, 8
 
@@ -14,7 +15,7 @@ def test_same_function(name: str) -> None:
     if name not in installed():
         pytest.skip(f"{name} is not installed (extra [bench])")
     torch.manual_seed(0)
-    mode = "batch_topk" if name == "goodfire" else "topk"
+    mode: Mode = "batch_topk" if name == "goodfire" else "topk"
     ours = FastSAE(D_IN, D_SAE, K, mode, tied=name == "goodfire")
     with torch.no_grad():
         ours.b_enc.normal_(std=0.1)

@@ -1,0 +1,121 @@
+"""Results beside a baseline: which of our paths have become slower, and by how much."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.timing import REFERENCE
+from r1sae_fast.atomic import write_bytes
+
+TOLERANCE = 0.2
+"""How much of its lead over the reference a path may lose."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as long the torch reference takes as ours does."""
+
+    ratio: float
+    """The median over the rounds."""
+    best_ratio: float
+    """Of the least disturbed rounds."""
+
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Ratio:
+        """That of a :meth:`harness.timing.Result.summary`."""
+        return cls(float(result["ratio"][REFERENCE]), float(result["best_ratio"][REFERENCE]))
+
+    def kept_of(self, baseline: Ratio) -> float:
+        """The part of the baseline that is left, 1 being all of it.
+
+        The better of the two measures: what makes a path slower shows in both, while a busy
+        machine spoils now the one and now the other.
+        """
+        return max(self.ratio / baseline.ratio, self.best_ratio / baseline.best_ratio)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One contest's outcome."""
+
+    name: str
+    found: Ratio | None
+    """None: the bench is gone."""
+    baseline: Ratio | None
+    """None: a new bench."""
+    tolerance: float
+
+    @property
+    def failed(self) -> bool:
+        """Slower than the tolerance allows, or gone."""
+        if self.baseline is None:
+            return False
+        return self.found is None or self.found.kept_of(self.baseline) < 1 - self.tolerance
+
+    def line(self) -> str:
+        """The outcome for people."""
+        if self.found is None:
+            return (
+                f"GONE  {self.name}: in the baseline, but not run (if meant: make bench-baseline)"
+            )
+        found = f"{self.found.ratio:.2f}x the torch reference"
+        if self.baseline is None:
+            return f"new   {self.name}: {found} (no baseline yet: make bench-baseline)"
+        change = self.found.kept_of(self.baseline) - 1
+        mark = "SLOW " if self.failed else "ok   "
+        return f"{mark} {self.name}: {found}, baseline {self.baseline.ratio:.2f}x ({change:+.0%})"
+
+
+def compare(
+    results: Iterable[Mapping[str, Any]],
+    baseline: Mapping[str, Ratio],
+    tolerance: float = TOLERANCE,
+) -> list[Verdict]:
+    """A verdict for each result and each line of the baseline."""
+    found = {result["name"]: Ratio.of(result) for result in results}
+    names = [*found, *(name for name in baseline if name not in found)]
+    return [Verdict(name, found.get(name), baseline.get(name), tolerance) for name in names]
+
+
+def better(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one of two results of a contest that was disturbed less."""
+    return max(first, second, key=lambda result: Ratio.of(result).ratio)
+
+
+def read_baseline(path: Path) -> dict[str, Ratio]:
+    """The ratios of a file that :func:`write_baseline` wrote.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    try:
+        ratios = json.loads(path.read_text())["ratios"]
+        return {name: Ratio(**ratio) for name, ratio in ratios.items()}
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no baseline ({error!r}); make bench-baseline") from None
+
+
+def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Writes the medians of several runs on one machine."""
+    ratios: dict[str, list[Ratio]] = {}
+    for run in runs:
+        for result in run["results"]:
+            ratios.setdefault(result["name"], []).append(Ratio.of(result))
+    content = {
+        "machine": runs[-1]["machine"],
+        "when": runs[-1]["when"],
+        "ratios": {
+            name: {
+                "ratio": round(statistics.median(r.ratio for r in found), 3),
+                "best_ratio": round(statistics.median(r.best_ratio for r in found), 3),
+            }
+            for name, found in sorted(ratios.items())
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
