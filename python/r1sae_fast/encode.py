@@ -135,15 +135,23 @@ def describe(
     norm_limit: float | None,
 ) -> dict[str, Any]:
     """What decides the codes, as the manifest keeps it."""
-    described: dict[str, Any] = {
-        "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "tied": sae.tied},
-        "sae_fingerprint": fingerprint(sae),
-        "mode": mode,
+    described = {
+        **describe_sae(sae, mode, norm_limit),
         "activations": shards.metadata,
         "activations_fingerprint": shards.fingerprint,
     }
     if mode == "batch_topk":
         described["batch_rows"] = batch_rows
+    return described
+
+
+def describe_sae(sae: FastSAE, mode: Mode, norm_limit: float | None) -> dict[str, Any]:
+    """The SAE's part in that."""
+    described: dict[str, Any] = {
+        "sae": {"d_in": sae.d_in, "d_sae": sae.d_sae, "k": sae.k, "tied": sae.tied},
+        "sae_fingerprint": fingerprint(sae),
+        "mode": mode,
+    }
     if mode == "threshold" and sae.threshold.dim() == 0:
         described["threshold"] = float(sae.threshold)
     if norm_limit is not None:
@@ -175,19 +183,21 @@ def _encode_batch(
             f"{shards.folder}: activations hold a NaN or infinite value in row {rows.start + bad}; "
             "remove or mask that row before encoding"
         )
-    x = batch.activations.to(sae.device)
-    if norm_limit is None:
-        codes = sae.encode_sparse(x)
-    else:
-        keep = x.float().norm(dim=1) <= norm_limit
-        codes = with_empty_rows(sae.encode_sparse(x[keep]), keep)
     writer.write(
-        codes,
+        encode_rows(sae, batch.activations.to(sae.device), norm_limit),
         tokens=batch.tokens,
         sequence_id=batch.sequence_id,
         position=batch.position,
         segment=batch.segment,
     )
+
+
+def encode_rows(sae: FastSAE, x: Tensor, norm_limit: float | None) -> SparseCodes:
+    """The codes of ``x [n, d_in]``; none for rows of a larger norm than ``norm_limit``."""
+    if norm_limit is None:
+        return sae.encode_sparse(x)
+    keep = x.float().norm(dim=1) <= norm_limit
+    return with_empty_rows(sae.encode_sparse(x[keep]), keep)
 
 
 def with_empty_rows(codes: SparseCodes, keep: Tensor) -> SparseCodes:

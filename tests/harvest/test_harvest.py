@@ -86,6 +86,7 @@ def test_metadata_and_shards(engine: LocalEngine, tmp_path: Path) -> None:
         "hook_point": "model.layers.2",
         "mode": "generate",
         "engine_dtype": "bfloat16",
+        "fp8": "w8a8",
         "batch_size": 4,
         "sampling": {
             "max_new_tokens": 12,

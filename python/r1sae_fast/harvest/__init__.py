@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.harvest.output import Output, attach, open_output, stored_dtype
 from r1sae_fast.harvest.sequences import MODES, HarvestSequence, Mode, plain, take_pass
 from r1sae_fast.harvest.settings import Done, harvest_metadata, refuse_other_settings, skip_done
 from r1sae_fast.prompts import Item
 from r1sae_fast.r1.engines.base import Engine
 from r1sae_fast.r1.sampling import Sampling
-from r1sae_fast.shards import ActivationWriter
-from r1sae_fast.shards.activations import dtype_name, first_non_finite
+from r1sae_fast.sae import FastSAE
+from r1sae_fast.sae import Mode as SaeMode
+from r1sae_fast.shards.activations import first_non_finite
 
 __all__ = ["MODES", "HarvestProgress", "Mode", "harvest"]
 
@@ -58,7 +60,7 @@ def harvest(
     out_dir: Path | str,
     *,
     mode: Mode = "generate",
-    dtype: str | torch.dtype = "bfloat16",
+    dtype: str | torch.dtype | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 1024,
     temperature: float = 0.6,
@@ -68,9 +70,13 @@ def harvest(
     token_budget: int | None = None,
     rows_per_shard: int = 16384,
     resume: bool = True,
+    sae: FastSAE | None = None,
+    sae_mode: SaeMode | None = None,
+    norm_limit: float | None = None,
     progress: Callable[[HarvestProgress], None] | None = None,
 ) -> HarvestProgress:
-    """Writes the residual stream after block ``layer`` of every token to activation shards.
+    """Writes the residual stream after block ``layer`` of every token to activation shards; or,
+    with an SAE, its codes to code shards, and then nothing else leaves the engine's device.
 
     Rows carry tokens, ``sequence_id`` (the prompt's number), ``position`` and ``segment``.
     ctrl-c, a bad prompt or any other error keeps every finished batch; only after a full disk or
@@ -85,13 +91,19 @@ def harvest(
             "prefill" harvests the given texts themselves. There, a text is taken raw (with the
             beginning-of-sentence token in front), and a conversation may end with the
             assistant's message, thinking included.
-        dtype: of the stored activations.
+        dtype: of the stored activations (default bfloat16) or codes (default float32).
         batch_size: sequences that run together.
         max_new_tokens, temperature, top_p, seed, greedy: for mode "generate", as in
             :meth:`LocalEngine.generate`.
         token_budget: stop after the sequence with which this many rows are reached.
         rows_per_shard: a shard is finished after the batch with which it has this many rows.
         resume: go on where an earlier run into the same folder stopped.
+        sae: of the model's width, on the engine's device.
+        sae_mode: how it chooses codes: default its own mode, "threshold" instead of "batch_topk".
+            In "batch_topk" codes depend on the ``batch_size`` sequences that run together, so it
+            must be asked for.
+        norm_limit: rows of a larger norm get no codes, as in
+            :func:`r1sae_fast.encode.encode_shards`.
         progress: called after every batch.
 
     Returns:
@@ -99,7 +111,8 @@ def harvest(
 
     Raises:
         ValueError: no such layer or mode, a prompt that is empty or longer than the context, or
-            an earlier run into the folder with other settings or other prompts (named).
+            an earlier run into the folder with other settings or other prompts (named); an
+            engine with taps attached, of which the manifest could not tell.
         FileExistsError: the folder holds shards and ``resume`` is False, or other files.
         NonFiniteError: a residual holds a NaN or an infinity; sequence and position are named.
         ShardError: another writer is at work in the folder, or its shards are damaged.
@@ -118,23 +131,24 @@ def harvest(
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, greedy)
     if mode == "generate":
         engine.check_head()
+    if getattr(engine, "attached", ()):
+        raise ValueError("the engine has taps attached; harvest outside the with block")
+    if sae is None and (sae_mode is not None or norm_limit is not None):
+        raise ValueError("sae_mode and norm_limit are of an SAE, but there is none")
+    attached = None if sae is None else attach(engine, sae, sae_mode, norm_limit)
     out_dir = Path(out_dir)
+    stored = stored_dtype(dtype, attached)
     metadata = harvest_metadata(engine, layer, mode, batch_size, sampling)
+    if attached is not None:
+        metadata = {**attached.describe(), "activations": metadata}
     if resume:
-        refuse_other_settings(out_dir, metadata, dtype_name(dtype))
+        refuse_other_settings(out_dir, metadata, stored)
 
-    with ActivationWriter(
-        out_dir,
-        engine.hidden_size,
-        dtype,
-        metadata,
-        explicit_shards=True,
-        resume=resume,
-        check_finite=False,  # checked here, where the sequence can be named
-    ) as writer:
+    with open_output(out_dir, engine, metadata, stored, attached, resume) as output:
+        writer = output.writer
         source: Iterator[Item] = map(plain, prompts)
         done = skip_done(source, writer.last_extra, writer.rows, out_dir)
-        run = _Run(engine, writer, layer, done, time.monotonic(), writer.rows)
+        run = _Run(engine, output, layer, done, time.monotonic(), writer.rows)
         source = itertools.chain(done.again, source)
         skip = len(done.again)
         try:
@@ -173,7 +187,7 @@ class _Run:
     """One call of :func:`harvest`, from the folder's opening on."""
 
     engine: Engine
-    writer: ActivationWriter
+    output: Output
     layer: int
     done: Done
     started: float
@@ -187,7 +201,7 @@ class _Run:
         for count, rows in self.engine.rows(tokens, self.layer, batch_size=batch_size, skip=skip):
             part = taken[place : place + count]
             self._write(part, rows)
-            self.whole = self.writer.pending
+            self.whole = self.output.writer.pending
             self.done.add(part)
             place += count
             yield place
@@ -197,7 +211,6 @@ class _Run:
         lengths = torch.tensor([len(sequence.tokens) for sequence in sequences])
         place = torch.repeat_interleave(torch.arange(len(sequences)), lengths)
         position = torch.arange(len(place)) - (lengths.cumsum(0) - lengths)[place]
-        rows = rows.cpu()
         bad = first_non_finite(rows)
         if bad is not None:
             raise NonFiniteError(
@@ -205,23 +218,23 @@ class _Run:
                 f"holds a NaN or an infinity at position {int(position[bad])}; the checkpoint is "
                 "damaged, or its numbers leave the range of this dtype: try an engine in float32"
             )
-        self.writer.write(
-            rows,
-            tokens=torch.tensor([t for sequence in sequences for t in sequence.tokens]),
-            sequence_id=place + first,
-            position=position,
-            segment=torch.tensor([s for sequence in sequences for s in sequence.segments]),
-        )
+        columns = {
+            "tokens": torch.tensor([t for sequence in sequences for t in sequence.tokens]),
+            "sequence_id": place + first,
+            "position": position,
+            "segment": torch.tensor([s for sequence in sequences for s in sequence.segments]),
+        }
+        self.output.write(rows, columns)
 
     def finish(self) -> None:
         """Ends the shard after the last finished batch."""
         self.whole = 0
-        self.writer.finish_shard(self.done.extra())
+        self.output.writer.finish_shard(self.done.extra())
         if self.done.between_passes:
             self.engine.committed()
 
     def state(self) -> HarvestProgress:
         """Now."""
-        rows = self.writer.rows + self.writer.pending
+        rows = self.output.writer.rows + self.output.writer.pending
         seconds = time.monotonic() - self.started
         return HarvestProgress(self.done.sequences, rows, rows - self.earlier_rows, seconds)

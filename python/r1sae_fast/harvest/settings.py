@@ -45,6 +45,9 @@ def harvest_metadata(
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
+    if "activations" in settings and "mode" in settings:  # codes: both parts have a mode
+        settings = {**settings, "sae_mode": settings["mode"]}
+        del settings["mode"]
     for key, value in settings.items():
         flat.update(_flat(value) if isinstance(value, dict) else {key: value})
     return flat

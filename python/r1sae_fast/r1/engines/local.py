@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -133,6 +133,11 @@ class LocalEngine(TappedEngine):
     def eos_id(self) -> int:
         """The config's end of sentence."""
         return self.config.eos_token_id
+
+    def describe(self) -> dict[str, Any]:
+        """The dtype, and how a checkpoint in fp8 is computed with."""
+        form = self.model.fp8
+        return {**super().describe(), **({} if form == "none" else {"fp8": form})}
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where there is none."""
