@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from r1sae_fast import FastSAE
@@ -49,9 +50,9 @@ def settings(model: Path) -> DemoSettings:
     )
 
 
-def run(folder: Path, settings: DemoSettings) -> tuple[Findings, str]:
+def run(folder: Path, settings: DemoSettings, width: int = 100) -> tuple[Findings, str]:
     output = StringIO()
-    findings = run_demo(folder, settings, console=Console(file=output, width=100))
+    findings = run_demo(folder, settings, console=Console(file=output, width=width))
     return findings, output.getvalue()
 
 
@@ -86,8 +87,11 @@ def test_all_of_it_and_again(settings: DemoSettings, tmp_path: Path) -> None:
     assert all(len(line) <= 100 for line in output.splitlines())
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    again, output = run(folder, settings)
+    again, output = run(folder, settings, width=80)
     assert again == findings
+    # The narrowest usual terminal: nothing is cut off.
+    assert all(cell_len(line) <= 80 for line in output.splitlines())
+    assert "…" not in output
     assert output.count("done before") == len(STAGES)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -106,6 +110,7 @@ def test_only_what_is_missing_is_done(settings: DemoSettings, tmp_path: Path) ->
 
 PROGRAM = """
 import json, sys
+from rich.cells import cell_len
 from rich.console import Console
 from r1sae_fast.demo import DemoSettings, run_demo
 run_demo(sys.argv[1], DemoSettings(**json.loads(sys.argv[2])), console=Console(quiet=True))
@@ -163,4 +168,17 @@ def test_a_folder_of_other_things_is_refused(settings: DemoSettings, tmp_path: P
 def test_no_such_model(settings: DemoSettings, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no-model"):
         run(tmp_path / "demo", replace(settings, model=str(tmp_path / "no-model")))
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layer", 99), ("layer", -1), ("k", 0), ("k", 65), ("own_traces", 0), ("slip_rate", 1.0)],
+)
+def test_bad_settings_leave_no_trace(
+    settings: DemoSettings, tmp_path: Path, name: str, value: float
+) -> None:
+    """Nothing is written, so that the same folder serves once the setting is mended."""
+    with pytest.raises(ValueError, match=rf"\b{name} is {value}"):
+        run(tmp_path / "demo", replace(settings, **{name: value}))
     assert not (tmp_path / "demo").exists()

@@ -44,6 +44,63 @@ def test_damaged_files(database: FeatureDB, tmp_path: Path) -> None:
             FeatureDB(path)
 
 
+def read_all(db: FeatureDB) -> None:
+    for table in db.tables:
+        db.sql(f"SELECT max(hash(t)) FROM {table} t")
+
+
+def test_a_file_damaged_within(database: FeatureDB, tmp_path: Path) -> None:
+    """It opens; what reads a damaged block says so, and leaves what was exported before."""
+    whole = database.path.read_bytes()
+    path = tmp_path / "damaged.ddb"
+    out = tmp_path / "out"
+    database.export(out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    refused = 0
+    for at in range(12_288 + 700, len(whole), 4096 * 8):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            db = FeatureDB(path)
+        except DatabaseError as error:
+            assert "damaged.ddb" in str(error)  # noqa: PT017
+            continue
+        with db:
+            try:
+                db.export(out, overwrite=True)
+            except DatabaseError as error:
+                assert "damaged.ddb: damaged (" in str(error)  # noqa: PT017
+                assert "restore it" in str(error)  # noqa: PT017
+                refused += 1
+                with pytest.raises(DatabaseError, match=r"damaged\.ddb: damaged \("):
+                    read_all(db)
+            for file in out.iterdir():
+                assert file.suffix == ".parquet"
+                assert before.keys() >= {file.name}
+    assert refused
+
+
+def test_labels_in_a_file_of_their_own(world: World, database: FeatureDB, tmp_path: Path) -> None:
+    """The released layout (autointerp.db beside math.ddb) is not joined, and says so."""
+    labels, path = tmp_path / "autointerp.db", tmp_path / "math.ddb"
+    with duckdb.connect(str(labels)) as connection:
+        connection.execute("CREATE TABLE autointerp (feature_id INTEGER, label VARCHAR)")
+    with pytest.raises(DatabaseError, match="labels alone are no database"):
+        FeatureDB(labels)
+    with duckdb.connect(str(path)) as connection:
+        connection.execute(f"ATTACH '{database.path}' AS built (READ_ONLY)")
+        for table in ("tokens", "activations"):
+            connection.execute(f"CREATE TABLE {table} AS SELECT * FROM built.{table}")
+        connection.execute("DETACH built")
+    with FeatureDB(path) as db:
+        assert db.searched == ()
+        assert db.feature(1).labels == ()
+        with pytest.raises(DatabaseError, match=r"neither labels .*autointerp\.db"):
+            db.search("wait")
+    assert database.searched == ("labels", "tokens")
+
+
 def test_a_database_of_something_else(tmp_path: Path) -> None:
     path = tmp_path / "else.ddb"
     with duckdb.connect(str(path)) as connection:

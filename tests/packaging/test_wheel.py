@@ -7,14 +7,17 @@ compilation is shared with ``make install``.
 import base64
 import csv
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,7 +134,9 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
 
 def test_the_sdist_builds_a_wheel_that_runs(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "source", filter="data")
+        # Early patch releases of 3.10 and 3.11 don't know the argument, later Pythons want it.
+        safe: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(tmp_path / "source", **safe)
     (source,) = (tmp_path / "source").iterdir()
     for path in source.rglob("*.rs"):
         path.touch()  # newer than the build of the working tree: these files are compiled
@@ -156,3 +161,52 @@ def test_the_sdist_builds_a_wheel_that_runs(sdist: Path, wheel: Path, tmp_path: 
     assert len(files) == 3
     assert all(file.startswith(str(tmp_path / "site")) for file in files)
     assert version.startswith("r1sae ")
+
+
+RESIDUAL = """
+import r1sae_fast, torch
+from r1sae_fast import tiny_r1
+from r1sae_fast.r1 import LocalEngine
+engine = LocalEngine.from_pretrained("tiny-r1", dtype=torch.float32)
+residuals = engine.residuals(torch.arange(12).reshape(1, 12), 2)
+assert residuals.shape == (1, 12, 256) and bool(residuals.isfinite().all())
+print(r1sae_fast.__file__, tiny_r1.path(), sep="\\n")
+"""
+
+
+def test_the_wheel_runs_from_a_venv_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """Installed by an installer, without the network; the dependencies are this environment's."""
+    home = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    scripts = home / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / "python"
+    if importlib.util.find_spec("pip"):
+        install = [sys.executable, "-m", "pip", "--python", str(python), "install"]
+    elif uv := shutil.which("uv"):
+        install = [uv, "pip", "install", "--offline", "--python", str(python)]
+    else:
+        pytest.skip("installing needs pip or uv")
+    subprocess.run([*install, "--no-deps", "--no-index", str(wheel)], check=True)
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run(
+        [python, "-c", query], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    # After the wheel's own folder, so that what is installed editable there stays hidden. Its own
+    # .pth files are not read: one of them leads to the source tree.
+    (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = run(scripts / "r1sae", "--help")
+    assert "harvest" in shown
+    assert "demo" in shown
+    files = run(python, "-c", RESIDUAL).splitlines()
+    assert len(files) == 2
+    assert all(Path(file).is_relative_to(site) for file in files)

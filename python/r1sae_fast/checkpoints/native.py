@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from r1sae_fast.checkpoints._atomic import replace_file
+from r1sae_fast.atomic import replacing, write_bytes
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.sae import FastSAE, SaeConfig
 from r1sae_fast.sae.config import check_dtype
@@ -47,14 +47,12 @@ def save(sae: FastSAE, directory: str | PathLike[str]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in sae.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write_weights(path: Path) -> None:
-        try:
-            save_file(tensors, path, metadata={_HEADER_KEY: text, "format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{folder / WEIGHTS_FILE} can't be written: {error}") from error
-
-    replace_file(folder / WEIGHTS_FILE, write_weights)
-    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text + "\n"))
+    try:
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_file(tensors, temporary, metadata={_HEADER_KEY: text, "format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS_FILE} can't be written: {error}") from error
+    write_bytes(folder / CONFIG_FILE, (text + "\n").encode())
 
 
 def load(

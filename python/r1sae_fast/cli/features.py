@@ -38,7 +38,11 @@ def build(
     n: Annotated[int, typer.Option("--n", "-n", help="Examples of each feature to collect.")] = 20,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Build a database from code shards, with a statistical label for each feature."""
+    """Build a database from code shards, with a statistical label for each feature.
+
+    The file is there whole or not at all. A build that is stopped leaves what was there before,
+    and starts anew when run again: it does not go on where it was.
+    """
     from r1sae_fast.examples import Examples
     from r1sae_fast.features import FeatureDB
 
@@ -93,6 +97,7 @@ def search(
 
     with _open(database) as db:
         hits = db.search(text, n)
+        searched = db.searched
     if as_json:
         _print_json([hit.to_dict() for hit in hits])
         return
@@ -104,7 +109,10 @@ def search(
         label = Text() if hit.label is None else label_text(hit.label, hit.model_name)
         count = "" if hit.count is None else f"{hit.count:,}"
         table.add_row(str(hit.feature_id), count, label, Text(found_by))
-    _print(table if len(hits) else "no feature found; labels and tokens were searched")
+    nothing = f"no feature found; {' and '.join(searched)} were searched"
+    if "labels" not in searched:
+        nothing += " (this file has no labels: no table autointerp)"
+    _print(table if len(hits) else nothing)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from r1sae_fast.demo.settings import DemoSettings
 from r1sae_fast.demo.show import show_findings, show_header
 from r1sae_fast.demo.stages import Demo
 from r1sae_fast.demo.state import State, demo_folder
+from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.engines.base import fingerprint, resolve_checkpoint
 
 # Name, what is being done, the stage.
@@ -51,7 +52,8 @@ def run_demo(
     Raises:
         FileExistsError: the folder holds other things.
         FileNotFoundError: no such model.
-        ValueError: the folder's demo was begun with other settings or another model.
+        ValueError: settings out of their range, or the folder's demo was begun with other settings
+            or another model.
         ShardError: another process runs a demo in the folder.
     """
     settings = DemoSettings() if settings is None else settings
@@ -63,6 +65,7 @@ def run_demo(
         raise FileNotFoundError(
             f"{checkpoint}: no checkpoint (it has no config.json); give a folder like TinyR1's"
         )
+    settings.check(R1Config.from_file(checkpoint / "config.json").num_hidden_layers)
     identity = {**settings.to_dict(), "model_fingerprint": fingerprint(checkpoint)}
     with demo_folder(folder):
         state = State(folder, identity)

@@ -43,6 +43,27 @@ class DemoSettings:
             seed=self.seed,
         )
 
+    def check(self, layers: int) -> None:
+        """Refuses what no stage could work with, before anything is written.
+
+        Args:
+            layers: how many blocks the model has.
+
+        Raises:
+            TypeError, ValueError: a setting out of its range, named.
+        """
+        if not 0 <= self.layer < layers:
+            raise ValueError(
+                f"layer is {self.layer}; expected one of the model's {layers} blocks, "
+                f"0 to {layers - 1}"
+            )
+        for name in ("own_traces", "corpus_tokens", "test_traces"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 < self.slip_rate < 1:
+            raise ValueError(f"slip_rate is {self.slip_rate}; expected more than 0, less than 1")
+        self.training()
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.panel import Panel
@@ -35,6 +36,7 @@ _MOMENT_PLACES = (
     (" 1.", "verdict"),
     (" Wait", None),
 )
+_NUMBER_WIDTH = 6
 _SEGMENT_STYLES = {"prompt": "dim", "thinking": "", "response": "green"}
 _MARK_STYLES = {"wrong": "bold white on red", "wait": "bold black on yellow"}
 
@@ -48,15 +50,16 @@ def show_header(console: Console, demo: Demo) -> None:
 
 def show_findings(console: Console, findings: Findings, demo: Demo, seconds: float) -> None:
     """Everything, from the trace to how to go on."""
+    width = _width(console)
     parts = [
         *_trace_part(findings),
         *_sae_part(findings),
-        *_features_part(findings),
-        *_detector_part(findings),
+        *_features_part(findings, width),
+        *_detector_part(findings, width),
         *_next_part(findings, demo, seconds),
     ]
     for part in parts:
-        console.print(part, width=_width(console))
+        console.print(part, width=width)
 
 
 def _width(console: Console) -> int:
@@ -133,50 +136,73 @@ def _sae_part(findings: Findings) -> list[RenderableType]:
     return [_heading("The sparse autoencoder"), table, Text(note + ".", style="dim")]
 
 
-def _features_part(findings: Findings) -> list[RenderableType]:
+def _features_part(findings: Findings, width: int) -> list[RenderableType]:
     if not findings.features:
         return []
     parts: list[RenderableType] = [_heading("Features with the clearest meaning")]
-    parts += [feature_lines(feature) for feature in findings.features]
+    parts += [feature_lines(feature, width) for feature in findings.features]
     return parts
 
 
-def feature_lines(feature: Feature) -> RenderableType:
-    """A feature's label and its strongest contexts, a line each."""
+def feature_lines(feature: Feature, width: int) -> RenderableType:
+    """A feature's label and its strongest contexts, a line each, within ``width`` cells."""
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
-    table.add_column(justify="right", style="bold", no_wrap=True, min_width=6)
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    table.add_column(justify="right", style="bold", no_wrap=True, width=_NUMBER_WIDTH)
+    table.add_column(overflow="fold")
     title = Text.assemble((feature.label, "bold"), (f"  {feature.density:.2%} of tokens", "dim"))
     table.add_row(f"#{feature.feature}", title)
     for context in feature.contexts:
-        table.add_row("", heated(feature, context))
+        table.add_row("", heated(feature, context, width - _NUMBER_WIDTH - 2))
     return table
 
 
-def heated(feature: Feature, context: Context) -> Text:
-    """A context as ``r1sae features`` shows it."""
+def heated(feature: Feature, context: Context, width: int) -> Text:
+    """A context as ``r1sae features`` shows it, of as many tokens as ``width`` has room for."""
+    first, end = _around(context, width)
     tokens = tuple(
-        ContextToken(place, -1, text, strength, None)
-        for place, (text, strength) in enumerate(
-            zip(context.tokens, context.strengths, strict=True)
-        )
+        ContextToken(place, -1, context.tokens[place], context.strengths[place], None)
+        for place in range(first, end)
     )
     strength = context.strengths[context.hit]
     example = TopExample(feature.feature, 1, 0, context.hit, strength, tokens)
     return heat(example, feature.largest)
 
 
-def _detector_part(findings: Findings) -> list[RenderableType]:
+def _around(context: Context, width: int) -> tuple[int, int]:
+    """The tokens about the one that counts, added in turns before and after it while they fit."""
+    cells = [cell_len(visible(token)) for token in context.tokens]
+    first, end = context.hit, context.hit + 1
+    left = width - cells[context.hit] - len("«»")
+    while True:
+        before = first > 0 and cells[first - 1] <= left
+        if before:
+            first -= 1
+            left -= cells[first]
+        after = end < len(cells) and cells[end] <= left
+        if after:
+            left -= cells[end]
+            end += 1
+        if not (before or after):
+            return first, end
+
+
+def _detector_part(findings: Findings, width: int) -> list[RenderableType]:
     parts: list[RenderableType] = [_heading("Which feature knows that a step is wrong?")]
     if not findings.detectors:
         return [*parts, Text("Too few steps to say; run the demo at full scale.", style="dim")]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+        header_style="bold",
+    )
     table.add_column("asked", no_wrap=True)
-    table.add_column("feature", justify="right", style="bold")
+    table.add_column("feature", justify="right", style="bold", no_wrap=True)
     table.add_column("AUROC (95%)", justify="right", no_wrap=True)
-    table.add_column("own slips", justify="right")
-    table.add_column("probe", justify="right", style="dim")
-    table.add_column("fires: wrong/right", justify="right")
+    table.add_column("own\nslips", justify="right", no_wrap=True)
+    table.add_column("probe", justify="right", style="dim", no_wrap=True)
+    table.add_column("fires:\nwrong/right", justify="right", no_wrap=True)
     for one in findings.detectors:
         own = "-" if one.own_auroc is None else f"{one.own_auroc:.3f}"
         table.add_row(
@@ -199,23 +225,27 @@ def _detector_part(findings: Findings) -> list[RenderableType]:
         places.append(text)
         if moment is not None:
             places.append(_MOMENT_SIGNS[moment], style="bold not dim")
-    parts += [table, places, Text(note, style="dim"), Text()]
-    parts += [feature_lines(feature) for feature in findings.detector_features]
+    parts += [table, Text(), places, Text(note, style="dim"), Text()]
+    parts += [feature_lines(feature, width) for feature in findings.detector_features]
     return parts
 
 
 def _next_part(findings: Findings, demo: Demo, seconds: float) -> list[RenderableType]:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(style="dim")
-    table.add_row(str(demo.picture), "training curve, densities, the detector")
-    table.add_row(str(demo.report), "all of this as a page; the figures are in summary.json")
     number = findings.first.feature if findings.first else 0
-    table.add_row(f"r1sae features show {demo.database} {number}", "a feature, in full")
-    table.add_row(f'r1sae features search {demo.database} "Wait"', "features by label or token")
-    table.add_row("r1sae tiny-r1 solve --temperature 1", "more of its thoughts")
+    ways = {
+        str(demo.picture): "training curve, densities, the detector",
+        str(demo.report): "all of this as a page; the figures are in summary.json",
+        f"r1sae features show {demo.database} {number}": "a feature, in full",
+        f'r1sae features search {demo.database} "Wait"': "features by label or token",
+        "r1sae tiny-r1 solve --temperature 1": "more of its thoughts",
+    }
+    # Below one another: a long path leaves no room beside it, and is to be copied in one piece.
+    lines = [
+        Text.assemble((way, "bold"), "\n  ", (what, "dim"), overflow="fold")
+        for way, what in ways.items()
+    ]
     done = Text(f"Done in {seconds:.0f} s.", style="bold")
-    return [_heading("Go on"), table, Text(), done]
+    return [_heading("Go on"), *lines, Text(), done]
 
 
 __all__ = ["MOMENT_NAMES", "Trace", "show_findings", "show_header", "trace_text"]

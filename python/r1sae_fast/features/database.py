@@ -19,7 +19,7 @@ from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.build import Decode, build
 from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
-from r1sae_fast.features.opening import open_for_reading
+from r1sae_fast.features.opening import damaged, is_damage, open_for_reading
 from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
 from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.search import search
@@ -40,7 +40,8 @@ class FeatureDB:
     """A feature database, opened for reading (so several programs may read it at once).
 
     Built ones (:meth:`build`) and Goodfire's released ones: of the latter ``tokens`` and
-    ``activations`` must be in the file; without ``autointerp`` there are no labels.
+    ``activations`` must be in the file; without ``autointerp`` there are no labels (a file of
+    labels beside it, such as the released autointerp.db, is not joined).
 
     Args:
         path: the DuckDB file.
@@ -188,6 +189,12 @@ class FeatureDB:
         )
         return tuple(Label(*row) for row in rows)
 
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """What :meth:`search` looks at in this file: ``labels``, ``tokens``, both or neither."""
+        places = {"autointerp": "labels", "token_lift": "tokens"}
+        return tuple(name for table, name in places.items() if table in self._columns)
+
     # -- queries --------------------------------------------------------------------------------
 
     def top(
@@ -249,9 +256,16 @@ class FeatureDB:
 
         Raises:
             ValueError: empty text.
+            DatabaseError: the file has neither labels nor token_lift.
         """
         if not text:
             raise ValueError("the text to search for is empty; expected a word or a part of one")
+        if not self.searched:
+            raise DatabaseError(
+                f"{self.path}: nothing to search: it has neither labels (table autointerp) nor "
+                "token_lift. Released databases keep their labels in a file of their own "
+                "(autointerp.db), which is not joined: query that one with DuckDB"
+            )
         return SearchHits(search(self._fetch, self._columns, text)[: max(n, 0)])
 
     def sql(self, query: str, parameters: Sequence[object] | None = None) -> pa.Table:
@@ -260,6 +274,7 @@ class FeatureDB:
         One statement: SELECT, WITH, FROM, VALUES, PIVOT, SHOW, DESCRIBE, SUMMARIZE or EXPLAIN.
 
         Raises:
+            DatabaseError: the file is damaged.
             ValueError: a mistake in the query, several statements or another one, or a query that
                 would change the database, its settings, or reach for other files.
         """
@@ -268,6 +283,8 @@ class FeatureDB:
                 _require_one_that_reads(cursor, query)
                 table = interruptible(cursor, lambda: arrow_table(cursor, query, parameters or ()))
             except duckdb.Error as error:
+                if is_damage(error):
+                    raise damaged(self.path, error) from None
                 raise ValueError(f"SQL: {error}") from None
         if table is None:
             raise ValueError("SQL: the query gives no rows; expected one that reads (SELECT ...)")
@@ -290,12 +307,13 @@ class FeatureDB:
 
         Raises:
             FileExistsError: one of the files is there already and ``overwrite`` is false.
+            DatabaseError: the database is damaged (what was exported before stays).
         """
         from r1sae_fast.features.export import export
 
         tables = [table for table in TABLES if table in self._columns]
         with self._cursor() as cursor:
-            return export(cursor, tables, Path(folder), overwrite=overwrite)
+            return export(cursor, self.path, tables, Path(folder), overwrite=overwrite)
 
     # -- the connection -------------------------------------------------------------------------
 
@@ -334,6 +352,8 @@ class FeatureDB:
             try:
                 return execute(cursor, query, parameters)
             except duckdb.Error as error:
+                if is_damage(error):
+                    raise damaged(self.path, error) from None
                 raise DatabaseError(f"{self.path}: {error}") from None
 
     def _read_columns(self) -> dict[str, set[str]]:
@@ -346,10 +366,14 @@ class FeatureDB:
         missing = [table for table in REQUIRED if table not in columns]
         if missing:
             present = ", ".join(map(visible, columns)) or "none"
+            advice = "build one with FeatureDB.build or `r1sae features build`"
+            if "autointerp" in columns:
+                advice = (
+                    "labels alone are no database: open the one they belong to (math.ddb, ...)"
+                )
             raise DatabaseError(
                 f"{self.path}: no feature database: it lacks the table{'s' * (len(missing) > 1)} "
-                f"{' and '.join(missing)} (it has {present}); build one with FeatureDB.build "
-                "or `r1sae features build`"
+                f"{' and '.join(missing)} (it has {present}); {advice}"
             )
         return columns
 

@@ -49,6 +49,20 @@ def _require_duckdb_file(path: Path) -> None:
         raise DatabaseError(f"{path}: {kind}; expected a feature database (DuckDB)")
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether the file is to blame for an error while reading it, not the query.
+
+    A checksum that doesn't fit comes as DuckDB's plain ``Error``; mistakes in a query as its kinds.
+    """
+    kinds = (duckdb.IOException, duckdb.FatalException, duckdb.InternalException)
+    return type(error) is duckdb.Error or isinstance(error, kinds)
+
+
+def damaged(path: Path, error: Exception) -> DatabaseError:
+    """What to raise where a file opened well but can't be read."""
+    return DatabaseError(f"{path}: damaged ({error}); restore it or build it again")
+
+
 def _why_not_opened(path: Path, error: duckdb.Error) -> str:
     text = str(error)
     if "lock" in text:
