@@ -175,5 +175,34 @@ def _fp8_cases() -> Iterator[Case]:
             yield Case("block_fp8_gemm", f"experts' {name}, {rows} tokens", call, cores)
 
 
-CASES: tuple[Callable[[], Iterator[Case]], ...] = (_decode_cases, _gradient_cases, _fp8_cases)
+def _encode_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.encode_topk import encode_topk
+
+    cores = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCMMA",), "gfx942": ("MFMA",)}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        x, bias = meta(ROWS, D_IN, dtype=dtype), meta(D_SAE, dtype=dtype)
+        wants = cores if dtype != torch.float32 else {}
+        layouts = {
+            "by feature": meta(D_SAE, D_IN, dtype=dtype).T,
+            "by input": meta(D_IN, D_SAE, dtype=dtype),
+        }
+        for layout, weight in layouts.items():
+            for k in (64, 128, 512) if layout == "by feature" else (64,):
+                call = partial(encode_topk, x, weight, bias, k, check_finite=True)
+                yield Case(
+                    "encode_topk", f"{short}, {layout}, k {k}", call, wants, "encode_gemm_kernel"
+                )
+        ragged = meta(28001, 7001, dtype=dtype).T
+        uneven = meta(1000, 7001, dtype=dtype)
+        call = partial(encode_topk, uneven, ragged, meta(28001, dtype=dtype), 63)
+        yield Case("encode_topk", f"{short}, ragged", call)
+
+
+CASES: tuple[Callable[[], Iterator[Case]], ...] = (
+    _decode_cases,
+    _gradient_cases,
+    _fp8_cases,
+    _encode_cases,
+)
 """One generator a kernel family."""

@@ -121,6 +121,58 @@ _TABLE: dict[str, dict[str, Config]] = {
         "gfx942": Config({"BLOCK_M": 32, "BLOCK_N": 128, "STEP": 32}, 4, 2, "the same"),
         INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "STEP": 64}),
     },
+    "encode_gemm, half": {
+        "default": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64},
+            num_warps=8,
+            num_stages=3,
+            reason="the largest tile whose sums fit the registers of two warp groups; three "
+            "stages of 48 KB",
+        ),
+        "sm_80": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32},
+            num_warps=8,
+            num_stages=4,
+            reason="sums and operands share 255 registers; four stages of 16 KB",
+        ),
+        "gfx942": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+            num_warps=8,
+            num_stages=2,
+            reason="one stage of 32 KB, and the maxima's exchange, within 64 KB of LDS",
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}),
+    },
+    "encode_gemm, float32": {
+        "default": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16},
+            num_warps=8,
+            num_stages=3,
+            reason="IEEE float32 has no tensor cores: 32 sums a thread, operands through shared "
+            "memory",
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}),
+    },
+    "encode_gemm, ragged": {
+        "default": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32},
+            num_warps=4,
+            num_stages=2,
+            reason="rows that do not begin at multiples of 16 bytes are loaded number by number, "
+            "which takes registers",
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}),
+    },
+    "select_topk": {
+        "default": Config(
+            {},
+            num_warps=4,
+            reason="64 x 32 candidates are 16 registers a thread; four warps exchange sums quickly",
+        ),
+    },
+    "select_topk, large k": {
+        "default": Config({}, num_warps=8, reason="512 x 16 candidates are 32 registers a thread"),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 
