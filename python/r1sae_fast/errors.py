@@ -26,3 +26,7 @@ class DatabaseError(R1SaeError):
 
 class TrainingDivergedError(R1SaeError):
     """The loss became NaN or infinite; the last checkpoint stands."""
+
+
+class MissingExtraError(R1SaeError, ImportError):
+    """An optional dependency is not installed; the message has the command that installs it."""

@@ -2,7 +2,7 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from r1sae_fast.harvest import HarvestProgress
     from r1sae_fast.prompts import Item
+    from r1sae_fast.sae import FastSAE
+    from r1sae_fast.sae import Mode as SaeMode
 
 
 class Mode(str, Enum):
@@ -36,6 +38,13 @@ class Computed(str, Enum):
     float32 = "float32"
 
 
+class Engines(str, Enum):
+    """What runs the model."""
+
+    local = "local"
+    hf = "hf"
+
+
 def harvest(
     layer: Annotated[
         int,
@@ -43,8 +52,19 @@ def harvest(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the shards; an earlier run goes on.")],
     model: Annotated[
-        str, typer.Option(help="A checkpoint folder; tiny-r1 is the shipped model.")
+        str,
+        typer.Option(
+            help="A checkpoint folder (with --engine hf also a repository of the hub); tiny-r1 is "
+            "the shipped model."
+        ),
     ] = "tiny-r1",
+    engine: Annotated[
+        Engines,
+        typer.Option(
+            help="local: DeepSeek-V3, R1, TinyR1. hf: any decoder that transformers loads, such "
+            "as R1's distillations (needs the extra r1sae-fast\\[hf])."
+        ),
+    ] = Engines.local,
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts: .txt (one a line) or .jsonl.")
     ] = None,
@@ -64,14 +84,31 @@ def harvest(
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Nucleus of the draws.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws (and of the problems).")] = 0,
-    dtype: Annotated[Stored, typer.Option(help="Of the stored activations.")] = Stored.bfloat16,
+    dtype: Annotated[
+        Stored | None,
+        typer.Option(help="Stored; default bfloat16 for activations, float32 for codes."),
+    ] = None,
     engine_dtype: Annotated[
         Computed, typer.Option(help="Of the model's arithmetic.")
     ] = Computed.bfloat16,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     rows_per_shard: Annotated[int, typer.Option(min=1, help="About, a shard.")] = 16384,
+    sae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an SAE: write its codes instead of the residual stream."),
+    ] = None,
+    sae_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="topk, batch_topk or threshold; default: the SAE's own, threshold instead of "
+            "batch_topk, in which codes depend on what else is in the batch."
+        ),
+    ] = None,
+    skip_outliers: Annotated[
+        bool, typer.Option("--skip-outliers", help="No codes for rows that training left out.")
+    ] = False,
 ) -> None:
-    """Runs the model over prompts and writes its residual stream to shards.
+    """Runs the model over prompts; writes its residual stream, or an SAE's codes of it, to shards.
 
     Stopped at any moment, it goes on when the same command is given again.
 
@@ -84,12 +121,13 @@ def harvest(
 
     from r1sae_fast.harvest import harvest as run
     from r1sae_fast.prompts import read_prompts
-    from r1sae_fast.r1 import LocalEngine
+    from r1sae_fast.r1 import HfEngine, LocalEngine
 
     source: Iterable[Item] = _problems(tiny_problems or 0, seed)
     if prompts is not None:
         source = read_prompts(prompts)
-    engine = LocalEngine.from_pretrained(
+    attached, limit = _attached(sae, device, sae_mode, skip_outliers)
+    model_engine = (HfEngine if engine is Engines.hf else LocalEngine).from_pretrained(
         model,
         dtype=getattr(torch, engine_dtype.value),
         device=device,
@@ -97,12 +135,12 @@ def harvest(
     )
     with _Bar(tokens, tiny_problems) as bar:
         result = run(
-            engine,
+            model_engine,
             source,
             layer,
             out,
             mode=mode.value,
-            dtype=dtype.value,
+            dtype=None if dtype is None else dtype.value,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -110,12 +148,32 @@ def harvest(
             seed=seed,
             token_budget=tokens,
             rows_per_shard=rows_per_shard,
+            sae=attached,
+            sae_mode=cast("SaeMode | None", sae_mode),
+            norm_limit=limit,
             progress=bar,
         )
     typer.echo(
         f"{out}: {result.rows:,} rows of {result.sequences:,} sequences, "
         f"{result.new_rows:,} of them now ({result.rows_per_second:,.0f} rows/s)"
     )
+
+
+def _attached(
+    folder: Path | None, device: str, mode: str | None, skip_outliers: bool
+) -> "tuple[FastSAE | None, float | None]":
+    """The SAE, and the norm above which rows get no codes."""
+    if folder is None:
+        if mode is not None or skip_outliers:
+            raise ValueError("--sae-mode and --skip-outliers are of an SAE; give --sae FOLDER")
+        return None, None
+    from r1sae_fast.sae import FastSAE
+
+    sae = FastSAE.load(folder, device=device)
+    limit = sae.metadata.get("norm_limit")
+    if skip_outliers and limit is None:
+        raise ValueError(f"{folder}: this SAE does not say which rows are outliers")
+    return sae, limit if skip_outliers else None
 
 
 def _problems(count: int, seed: int) -> "Iterable[Item]":

@@ -10,17 +10,24 @@ if TYPE_CHECKING:
     from r1sae_fast.r1.chat import Tokenizer
     from r1sae_fast.r1.checkpoint import load_model, write_checkpoint
     from r1sae_fast.r1.config import R1Config
+    from r1sae_fast.r1.engines.base import Engine
+    from r1sae_fast.r1.engines.generating import StreamedToken
+    from r1sae_fast.r1.engines.hf import HfEngine
     from r1sae_fast.r1.engines.local import LocalEngine
-    from r1sae_fast.r1.generate import Generation
+    from r1sae_fast.r1.generate import Generation, GenerationInterrupted
     from r1sae_fast.r1.model import R1Model
     from r1sae_fast.r1.segments import Segment
 
 __all__ = [
+    "Engine",
     "Generation",
+    "GenerationInterrupted",
+    "HfEngine",
     "LocalEngine",
     "R1Config",
     "R1Model",
     "Segment",
+    "StreamedToken",
     "Tokenizer",
     "load_model",
     "write_checkpoint",
@@ -28,6 +35,10 @@ __all__ = [
 
 _LAZY = {
     "Generation": "r1sae_fast.r1.generate",
+    "Engine": "r1sae_fast.r1.engines.base",
+    "GenerationInterrupted": "r1sae_fast.r1.generate",
+    "HfEngine": "r1sae_fast.r1.engines.hf",
+    "StreamedToken": "r1sae_fast.r1.engines.generating",
     "LocalEngine": "r1sae_fast.r1.engines.local",
     "R1Config": "r1sae_fast.r1.config",
     "R1Model": "r1sae_fast.r1.model",

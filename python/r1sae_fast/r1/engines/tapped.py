@@ -187,6 +187,17 @@ class TappedEngine(GeneratingEngine):
             self.residuals(tokens, layer, lengths)
         return with_empty_rows(capture.codes, present.flatten()).reshape(*tokens.shape)
 
+    def _batch_taps(self, tokens: Tensor, present: Tensor) -> TapRun | None:
+        """The attached taps, ready for one forward of a padded batch."""
+        if not self._attached:
+            return None
+        ids: list[list[int]] = tokens.tolist()
+        rows = [row[:n] for row, n in zip(ids, present.sum(1).tolist(), strict=True)]
+        run = self._tap_run((), rows, None, None)
+        if run is not None:
+            run.begin(range(len(rows)), [0] * len(rows), rows, width=tokens.shape[1])
+        return run
+
     # -- residuals ----------------------------------------------------------------------------
 
     def _batch(self, token_ids: TokenIds, lengths: Lengths) -> tuple[Tensor, Tensor]:
@@ -240,18 +251,10 @@ class TappedEngine(GeneratingEngine):
         """
         self.check_layer(layer)
         tokens, present = self._batch(token_ids, lengths)
-        run = None
-        if self._attached:
-            for tap in self._attached:
-                if tap.point.layer > layer:
-                    raise ValueError(
-                        f"{tap} is not reached: nothing is run after block {layer} here"
-                    )
-            ids: list[list[int]] = tokens.tolist()
-            rows = [r[:n] for r, n in zip(ids, present.sum(1).tolist(), strict=True)]
-            run = self._tap_run((), rows, None, None)
-            if run is not None:
-                run.begin(range(len(rows)), [0] * len(rows), rows, width=tokens.shape[1])
+        for tap in self._attached:
+            if tap.point.layer > layer:
+                raise ValueError(f"{tap} is not reached: nothing is run after block {layer} here")
+        run = self._batch_taps(tokens, present)
         if tokens.numel() == 0:
             return torch.zeros(
                 *tokens.shape, self.hidden_size, dtype=self.dtype, device=self.device
