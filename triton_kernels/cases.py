@@ -199,10 +199,33 @@ def _encode_cases() -> Iterator[Case]:
         yield Case("encode_topk", f"{short}, ragged", call)
 
 
+def _collect_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.collect import _pass
+    from r1sae_fast.triton_kernels.encode_gemm import chunk_buffers
+    from r1sae_fast.triton_kernels.kth_value import kth_value
+
+    for dtype in (torch.bfloat16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        yield Case("kth_value", short, partial(kth_value, meta(ROWS * 896, dtype=dtype), ROWS * K))
+        # The launcher waits for a count in between; these are its two launches.
+        chunk = chunk_buffers(meta(ROWS, D_IN, dtype=dtype), ROWS, D_SAE)
+        counts, offsets = meta(1024, dtype=torch.int32), meta(1025, dtype=torch.int64)
+        one, each, groups = (meta(n, dtype=torch.float32) for n in (1, D_SAE, D_SAE // 32))
+        values, indices = meta(ROWS * K, dtype=dtype), meta(ROWS * K, dtype=torch.int32)
+        for name, bounds in {"one bound": (one, None), "a bound a feature": (each, groups)}.items():
+            strict = name != "one bound"
+            for out in ((None, None), (values, indices)):
+                call = partial(_pass, chunk, 1024, *bounds, counts, offsets, *out, strict)
+                yield Case(
+                    "collect", f"{short}, {name}, {'count' if out[0] is None else 'write'}", call
+                )
+
+
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     _decode_cases,
     _gradient_cases,
     _fp8_cases,
     _encode_cases,
+    _collect_cases,
 )
 """One generator a kernel family."""

@@ -173,6 +173,23 @@ _TABLE: dict[str, dict[str, Config]] = {
     "select_topk, large k": {
         "default": Config({}, num_warps=8, reason="512 x 16 candidates are 32 registers a thread"),
     },
+    "kth_value": {
+        "default": Config(
+            {"BLOCK": 2048, "REPEAT": 8},
+            num_warps=4,
+            reason="16,384 numbers a program: 256 counters are added to memory once for them",
+        ),
+        INTERPRETER: Config({"BLOCK": 32, "REPEAT": 2}),
+    },
+    "collect": {
+        "default": Config(
+            {"BLOCK": 32},
+            num_warps=4,
+            reason="32 groups of 32 at once, eight numbers a thread: most blocks of a row hold a "
+            "code or two",
+        ),
+        INTERPRETER: Config({"BLOCK": 2}),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 

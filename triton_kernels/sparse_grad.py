@@ -104,7 +104,7 @@ def gradient_of_weight_kernel(
         tl.sum(total, axis=0).to(output.dtype.element_ty),
         mask=inside,
     )
-    if WRITE_SUMS:  # noqa: SIM102  # the outer question is the compiler's
+    if WRITE_SUMS:
         if tile == 0:  # the outer one is the compiler's
             tl.store(sums + place, tl.sum(strength, axis=0).to(sums.dtype.element_ty))
 
