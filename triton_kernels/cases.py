@@ -215,7 +215,8 @@ def _collect_cases() -> Iterator[Case]:
         for name, bounds in {"one bound": (one, None), "a bound a feature": (each, groups)}.items():
             strict = name != "one bound"
             for out in ((None, None), (values, indices)):
-                call = partial(_pass, chunk, 1024, *bounds, counts, offsets, *out, strict)
+                given = (chunk, 1024, bounds[0], bounds[1], counts, offsets, out[0], out[1])
+                call = partial(_pass, *given, strict)
                 yield Case(
                     "collect", f"{short}, {name}, {'count' if out[0] is None else 'write'}", call
                 )

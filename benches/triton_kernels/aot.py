@@ -25,6 +25,7 @@ def table(targets: list[str], families: list[str]) -> Iterator[dict[str, Any]]:
     """One row a kernel, case and target; a kernel that several cases share is compiled once."""
     for target in targets:
         seen: dict[str, Any] = {}
+        listed: set[tuple[str, str]] = set()
         for generator in CASES:
             for case in generator():
                 if target not in case.targets or (families and case.family not in families):
@@ -35,6 +36,9 @@ def table(targets: list[str], families: list[str]) -> Iterator[dict[str, Any]]:
                     )
                     if key not in seen:
                         seen[key] = compile_launch(launch, target)
+                    if (case.name, key) in listed:
+                        continue
+                    listed.add((case.name, key))
                     found = seen[key]
                     about = not case.of or case.of == launch.name
                     yield {
