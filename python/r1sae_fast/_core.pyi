@@ -104,6 +104,26 @@ class CodeSet:
     ) -> None: ...
     def validate(self, shard: int) -> None: ...
 
+# -- fp8 (rust/python/src/fp8.rs) --
+
+def fp8_fake_quantize(
+    input: NDArray[Any], group: int, output: NDArray[Any], threads: int
+) -> None: ...
+def fp8_quantize_blocks(
+    weight: NDArray[Any],
+    block: tuple[int, int],
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+def fp8_dequantize_blocks(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    block: tuple[int, int],
+    output: NDArray[Any],
+    threads: int,
+) -> None: ...
+
 # -- examples (rust/python/src/examples.rs) --
 
 @final

@@ -7,11 +7,14 @@ its whole group NaN. Source: DeepSeek-V3 technical report, arXiv:2412.19437, 3.3
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1sae_fast.r1.fp8 import FP8_DTYPE, FP8_MAX
+from r1sae_fast import _core
+from r1sae_fast.r1.fp8 import FP8_DTYPE, FP8_MAX, array, in_rust
 
 GROUP_SIZE = 128
 
@@ -45,8 +48,38 @@ def dequantize_activations(
 
 
 def fake_quantize_activations(x: Tensor, group_size: int = GROUP_SIZE) -> Tensor:
-    """The activations that a w8a8 product sees: quantised and dequantised, in ``x``'s dtype."""
+    """The activations that a w8a8 product sees: quantised and dequantised, in ``x``'s dtype.
+
+    The gradient is passed through unchanged ("straight through"), rounding having none.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        result: Tensor = _StraightThrough.apply(x, group_size)
+        return result
+    return _fake_quantize(x, group_size)
+
+
+def fake_quantize_activations_reference(x: Tensor, group_size: int = GROUP_SIZE) -> Tensor:
+    """:func:`fake_quantize_activations` in plain torch, which Rust equals to the bit."""
     return dequantize_activations(*quantize_activations(x, group_size), x.dtype, group_size)
+
+
+def _fake_quantize(x: Tensor, group_size: int) -> Tensor:
+    if not in_rust(x, x.dtype):
+        return fake_quantize_activations_reference(x, group_size)
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    output = torch.empty(rows.shape, dtype=x.dtype)
+    _core.fp8_fake_quantize(array(rows), group_size, array(output), torch.get_num_threads())
+    return output.view(x.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_size: int) -> Tensor:
+        return _fake_quantize(x, group_size)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _groups(x: Tensor, group_size: int) -> Tensor:

@@ -57,16 +57,24 @@ class Fp8Experts(Experts):
         """One expert's dequantised (gate_up, down)."""
         if self._stacked is not None and self._stacked[0].dtype == dtype:
             return self._stacked[0][index], self._stacked[1][index]
-        gate, up = (
-            dequantize_blocks(weight, scales, dtype, self.block_size)
-            for weight, scales in zip(
-                self.gate_up[index].chunk(2), self.gate_up_scale_inv[index].chunk(2), strict=True
-            )
+        return self._dequantize(
+            index,
+            self.gate_up.new_empty(self.gate_up.shape[1:], dtype=dtype),
+            self.down.new_empty(self.down.shape[1:], dtype=dtype),
         )
-        down = dequantize_blocks(
-            self.down[index], self.down_scale_inv[index], dtype, self.block_size
-        )
-        return torch.cat((gate, up)), down
+
+    def _dequantize(self, index: int, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        for weight, scales, out in (
+            *zip(
+                self.gate_up[index].chunk(2),
+                self.gate_up_scale_inv[index].chunk(2),
+                gate_up.chunk(2),
+                strict=True,
+            ),
+            (self.down[index], self.down_scale_inv[index], down),
+        ):
+            dequantize_blocks(weight, scales, out.dtype, self.block_size, out)
+        return gate_up, down
 
     def stacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """All experts' dequantised weights, None where they are not kept."""
@@ -77,7 +85,7 @@ class Fp8Experts(Experts):
             gate_up = self.gate_up.new_empty(self.gate_up.shape, dtype=dtype)
             down = self.down.new_empty(self.down.shape, dtype=dtype)
             for index in range(gate_up.shape[0]):
-                gate_up[index], down[index] = self.expert(index, dtype)
+                self._dequantize(index, gate_up[index], down[index])
             self._stacked = gate_up, down
         return self._stacked
 

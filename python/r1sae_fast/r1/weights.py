@@ -214,16 +214,19 @@ class CheckpointReader:
             scales = self._scales(spec)
             largest = torch.finfo(target.dtype).max
             risky = bool(scales.numel()) and float(scales.abs().max()) * FP8_MAX > largest
+            in_place = target.device.type == "cpu" and target.is_contiguous()
             for rows, part in self._parts(spec.name, self._block_size[0]):
                 first = rows.start // self._block_size[0]
                 grid = scales[first : first + scale_shape(part.shape, self._block_size)[0]]
-                restored = dequantize_blocks(part, grid, target.dtype, self._block_size)
+                out = target[rows] if in_place else None
+                restored = dequantize_blocks(part, grid, target.dtype, self._block_size, out)
                 if risky and bool(torch.isinf(restored).any()):
                     raise CheckpointError(
                         f"{self.directory}: {spec.name!r} holds weights beyond {largest:.3g}, "
                         f"the largest number of {target.dtype}; load it in float32"
                     )
-                target[rows].copy_(restored)
+                if not in_place:
+                    target[rows].copy_(restored)
         else:
             for rows, part in self._parts(spec.name):
                 target[rows].copy_(part)

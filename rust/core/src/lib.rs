@@ -4,11 +4,13 @@
 //! The modules follow the data: [`shard`] holds activations and codes on disk,
 //! [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
 //! codes back into activations, [`examples`] keeps each feature's strongest rows.
+//! [`fp8`] quantises a model's weights and activations.
 
 pub mod cancel;
 pub mod decode;
 pub mod error;
 pub mod examples;
+pub mod fp8;
 mod pool;
 pub mod rows;
 pub mod select;

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 mod errors;
 mod examples;
+mod fp8;
 mod interrupt;
 mod ops;
 mod shards;
@@ -14,6 +15,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
     ops::register(module)?;
+    fp8::register(module)?;
     shards::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;
     module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;
