@@ -62,7 +62,7 @@ lint-python: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=python:benches $(BIN)/mypy --explicit-package-bases benches/harness benches/peers
+	MYPYPATH=python:benches $(BIN)/mypy --explicit-package-bases benches/harness benches/peers benches/bars
 	MYPYPATH=python $(BIN)/stubtest r1sae_fast._core \
 	  --mypy-config-file pyproject.toml --allowlist .ci/stubtest-allow.txt
 
@@ -94,6 +94,14 @@ format: $(INSTALLED) ## Format Python and Rust, mend what ruff can mend
 bench: $(INSTALLED) ## Time each operation beside its torch reference and the installed peers (ARGS="-k select")
 	@$(BIN)/python -m pytest benches -p no:xdist --benchmark-only --benchmark-quiet -q \
 	  --versus-json=benches/results/last.json $(ARGS)
+
+BARS ?= P1 P2 small-f32 small-bf16 P3-256 P3-2048 P3-memory P3-memory-2048 P4 P5 P6 P9-heaps P9-shards P9-encode
+
+.PHONY: bench-r1
+bench-r1: $(INSTALLED) ## Measure the bars at R1's shape beside the peers (24 GB of memory; BARS="P1 P4" picks some)
+	@mkdir -p benches/results/bars
+	@export PYTHONPATH=benches; for bar in $(BARS); do $(BIN)/python -m bars $$bar \
+	  --folder benches/results/bars --json benches/results/bars.jsonl $(ARGS) || exit 1; done
 
 .PHONY: bench-check
 bench-check: $(INSTALLED) ## Fail where a path lost a fifth of its lead over the reference (small shapes)
