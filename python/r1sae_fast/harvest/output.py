@@ -1,4 +1,4 @@
-"""What a harvest writes: residuals, or the codes that an SAE on the engine's device makes of them."""
+"""What a harvest writes: residuals, or what an SAE on the engine's device makes of them."""
 
 from __future__ import annotations
 

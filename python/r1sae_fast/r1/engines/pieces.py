@@ -12,7 +12,8 @@ class Pieces:
 
     A character may take several tokens (byte-level tokenizers split UTF-8), and what a token
     reads as may depend on the one before it: a piece is given out once the tokens so far end in
-    a whole character, as the difference that they make to the text.
+    a whole character, as the difference that they make to the text. (Only where a model writes
+    bytes that are no UTF-8 at all may some tokenizers read them differently in the end.)
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

@@ -66,4 +66,4 @@ def _nearest(name: str) -> str:
     if place is not None:
         return str(Point(layer, place))
     valid = [str(Point(layer, place)) for place in PLACES]
-    return (difflib.get_close_matches(name, valid, 1, 0.0) or valid)[0]
+    return (difflib.get_close_matches(name, valid, 1, 0.3) or valid)[0]
