@@ -368,9 +368,7 @@ class FeatureDB:
             present = ", ".join(map(visible, columns)) or "none"
             advice = "build one with FeatureDB.build or `r1sae features build`"
             if "autointerp" in columns:
-                advice = (
-                    "labels alone are no database: open the one they belong to (math.ddb, ...)"
-                )
+                advice = "labels alone are no database: open the one they belong to (math.ddb, ...)"
             raise DatabaseError(
                 f"{self.path}: no feature database: it lacks the table{'s' * (len(missing) > 1)} "
                 f"{' and '.join(missing)} (it has {present}); {advice}"

@@ -32,6 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_AROUND = 2**21  # a page that is read brings neighbours along, up to a huge page of them
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
@@ -199,14 +200,16 @@ class ShardFile:
         tensors still in use read them again from the file."""
         entry = self.entries[name]
         end = entry.end if stop is None else min(entry.begin + stop, entry.end)
-        self._advise("MADV_DONTNEED", entry.begin + start, end)
+        self._advise("MADV_DONTNEED", entry.begin + start - _AROUND, end + _AROUND)
 
     def _advise(self, advice: str, begin: int, end: int) -> None:
         option = getattr(mmap, advice, None)
+        mapped = self._mapped()
+        begin, end = max(begin, 0), min(end, len(mapped))
         if option is None or begin >= end:
             return
         begin -= begin % mmap.PAGESIZE
-        self._mapped().madvise(option, begin, end - begin)
+        mapped.madvise(option, begin, end - begin)
 
     def close(self) -> None:
         """Lets go of the file; tensors that were given out stay valid."""
