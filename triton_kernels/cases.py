@@ -216,10 +216,33 @@ def _collect_cases() -> Iterator[Case]:
             strict = name != "one bound"
             for out in ((None, None), (values, indices)):
                 given = (chunk, 1024, bounds[0], bounds[1], counts, offsets, out[0], out[1])
-                call = partial(_pass, *given, strict)
+                call = partial(_pass, *given, strict, False)
                 yield Case(
                     "collect", f"{short}, {name}, {'count' if out[0] is None else 'write'}", call
                 )
+
+
+def _screen_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels import int8_screen as screen
+    from r1sae_fast.triton_kernels.encode_gemm import Chunk
+    from r1sae_fast.triton_kernels.sparse_grad import gradient_of_values
+
+    f32 = torch.float32
+    weight, bias = meta(D_SAE, D_IN, dtype=f32), meta(D_SAE, dtype=f32)
+    yield Case("int8_screen", "weights", partial(screen.screened_weights, weight, bias))
+    groups = D_SAE // screen.GROUP
+    upper = Chunk(meta(1024, D_SAE, dtype=f32), meta(1024, groups, dtype=f32), weight, screen.GROUP)
+    room = screen._Bounds(upper, meta(1024, groups, dtype=f32))
+    x = meta(1024, D_IN, dtype=f32)
+
+    def bound() -> None:
+        screen._bound(x, screen.screened_weights(weight, bias), 1024, 1, room)
+
+    cores = {"sm_80": ("IMMA",), "sm_90": ("IGMMA",), "sm_100": ("UTCMMA",), "gfx942": ("MFMA",)}
+    yield Case("int8_screen", "bounds", bound, cores, "int8_gemm_kernel")
+    _, indices, offsets = codes(f32, 1024, 6 * K)
+    exact = partial(gradient_of_values, x, indices, offsets, weight, wide=True)
+    yield Case("int8_screen", "exact products", exact, {"all": ("LDG.128",)})
 
 
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
@@ -228,5 +251,6 @@ CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     _fp8_cases,
     _encode_cases,
     _collect_cases,
+    _screen_cases,
 )
 """One generator a kernel family."""

@@ -31,6 +31,7 @@ def collect_kernel(
     d_sae,
     groups,
     PER_FEATURE: tl.constexpr,
+    PER_ROW: tl.constexpr,
     STRICT: tl.constexpr,
     WRITE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -38,7 +39,9 @@ def collect_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     bound = 0.0
-    if not PER_FEATURE:
+    if PER_ROW:
+        bound = tl.load(bounds + row)
+    elif not PER_FEATURE:
         bound = tl.load(bounds)
     start = tl.full([], 0, tl.int64)
     if WRITE:
@@ -77,14 +80,21 @@ def collect_kernel(
 
 
 def collect(
-    chunk: Chunk, rows: int, bounds: Tensor, group_bounds: Tensor | None = None, *, strict: bool
+    chunk: Chunk,
+    rows: int,
+    bounds: Tensor,
+    group_bounds: Tensor | None = None,
+    *,
+    strict: bool,
+    per_row: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What reaches the bounds (``strict``: exceeds them) in the first ``rows`` rows of a chunk.
 
     Args:
         chunk: filled by :func:`r1sae_fast.triton_kernels.encode_gemm.encode_chunk`.
         rows: how many of its rows hold something.
-        bounds: float32 ``[1]``, or ``[d_sae]`` with ``group_bounds``, each group's least.
+        bounds: float32 ``[1]``, ``[rows]`` with ``per_row``, or ``[d_sae]`` with
+            ``group_bounds``, each group's least.
         strict: what equals its bound is left out.
 
     Returns:
@@ -93,13 +103,13 @@ def collect(
     """
     counts = chunk.scratch.new_empty(rows, dtype=torch.int32)
     offsets = counts.new_zeros(rows + 1, dtype=torch.int64)
-    _pass(chunk, rows, bounds, group_bounds, counts, offsets, None, None, strict)
+    _pass(chunk, rows, bounds, group_bounds, counts, offsets, None, None, strict, per_row)
     torch.cumsum(counts, 0, out=offsets[1:])
     total = int(offsets[-1])
     values = chunk.scratch.new_empty(total)
     indices = chunk.scratch.new_empty(total, dtype=torch.int32)
     if total:
-        _pass(chunk, rows, bounds, group_bounds, counts, offsets, values, indices, strict)
+        _pass(chunk, rows, bounds, group_bounds, counts, offsets, values, indices, strict, per_row)
     return values, indices, counts
 
 
@@ -113,6 +123,7 @@ def _pass(
     values: Tensor | None,
     indices: Tensor | None,
     strict: bool,
+    per_row: bool,
 ) -> None:
     launch(
         collect_kernel,
@@ -128,6 +139,7 @@ def _pass(
         chunk.d_sae,
         chunk.maxima.shape[1],
         PER_FEATURE=group_bounds is not None,
+        PER_ROW=per_row,
         STRICT=strict,
         WRITE=values is not None,
         GROUP=chunk.group,

@@ -190,6 +190,34 @@ _TABLE: dict[str, dict[str, Config]] = {
         ),
         INTERPRETER: Config({"BLOCK": 2}),
     },
+    "quantise_rows": {
+        "default": Config({"BLOCK": 1024}, num_warps=4, reason="8 numbers a thread; two passes"),
+        INTERPRETER: Config({"BLOCK": 32}),
+    },
+    "int8_gemm": {
+        "default": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128},
+            num_warps=8,
+            num_stages=3,
+            reason="64 sums a thread leave room for the bounds made of them; stages of 32 KB",
+        ),
+        "sm_100": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128},
+            num_warps=8,
+            num_stages=3,
+            reason="as the default, half as wide: its sums leave tensor memory all at once",
+        ),
+        "gfx942": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64},
+            num_warps=8,
+            num_stages=2,
+            reason="within 64 KB of LDS",
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}),
+    },
+    "row_bound": {
+        "default": Config({}, num_warps=4, reason="eight maxima a thread"),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 

@@ -36,6 +36,7 @@ def gradient_of_values_kernel(
     partial,
     d_in,
     nnz,
+    WIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -55,7 +56,10 @@ def gradient_of_values_kernel(
             mask=present[:, None] & inside[None, :],
             other=0.0,
         ).to(tl.float32)
-        products = tl.sum(upstream[None, :] * weights, axis=1)
+        if WIDE:
+            products = tl.sum(upstream[None, :].to(tl.float64) * weights.to(tl.float64), axis=1)
+        else:
+            products = tl.sum(upstream[None, :] * weights, axis=1)
         tl.store(partial + tile * nnz + codes, products, mask=present)
 
 
@@ -143,7 +147,12 @@ def feature_major(indices: Tensor, row_offsets: Tensor, d_sae: int) -> FeatureMa
 
 
 def gradient_of_values(
-    gradient: Tensor, indices: Tensor, row_offsets: Tensor, weight: Tensor
+    gradient: Tensor,
+    indices: Tensor,
+    row_offsets: Tensor,
+    weight: Tensor,
+    *,
+    wide: bool = False,
 ) -> Tensor:
     """``gradient[row of code] . weight[feature of code]`` for each code, summed in float32.
 
@@ -152,6 +161,7 @@ def gradient_of_values(
         indices: int32 ``[nnz]``.
         row_offsets: int64 ``[rows + 1]``.
         weight: ``[d_sae, d_in]``, contiguous.
+        wide: multiply and add in float64 instead: the exact value, rounded once.
 
     Returns:
         ``[nnz]`` in the dtype of ``gradient``.
@@ -161,7 +171,7 @@ def gradient_of_values(
     settings = config("gradient_of_values", gradient.device)
     tiles = triton.cdiv(d_in, settings.blocks["BLOCK_D"])
     # A sum of its own a tile, so that a tile of the weights is read from memory once.
-    partial = gradient.new_empty(tiles, nnz, dtype=torch.float32)
+    partial = gradient.new_empty(tiles, nnz, dtype=torch.float64 if wide else torch.float32)
     launch(
         gradient_of_values_kernel,
         (rows if nnz else 0, tiles),
@@ -172,6 +182,7 @@ def gradient_of_values(
         partial,
         d_in,
         nnz,
+        WIDE=wide,
         **settings.options,
     )
     return partial.sum(0).to(gradient.dtype)
