@@ -1,40 +1,58 @@
-"""Collecting examples: one pass over codes in memory against a sort of all activations."""
+"""Collecting every feature's strongest rows: one bounded pass, beside a sort of all activations."""
 
-import numpy as np
+from pathlib import Path
+
 import pytest
 import torch
 
 from r1sae_fast import SparseCodes
 from r1sae_fast.examples import collect_examples
-from r1sae_fast.ops import topk
+from r1sae_fast.shards import CodeWriter
 
-ROWS, D_SAE, K, N = 4_096, 4_096, 64, 20
-
-
-def by_sorting(codes: SparseCodes) -> tuple[np.ndarray, np.ndarray]:
-    """Each feature's strongest rows by one sort: feature, falling strength, rising row."""
-    rows = np.repeat(np.arange(len(codes.row_offsets) - 1), np.diff(codes.row_offsets.numpy()))
-    features, values = codes.indices.numpy(), codes.values.numpy()
-    order = np.lexsort((rows, -values, features))
-    features, values, rows = features[order], values[order], rows[order]
-    place = np.arange(len(features)) - np.searchsorted(features, features)
-    kept = place < N
-    found = np.full((D_SAE, N), -1, np.int64)
-    strengths = np.zeros((D_SAE, N), np.float32)
-    found[features[kept], place[kept]] = rows[kept]
-    strengths[features[kept], place[kept]] = values[kept]
-    return strengths, found
+N = 20
+ROWS = {"small": 1 << 14, "r1": 1 << 18}
 
 
-@pytest.mark.parametrize("path", ["sorting", "ours"])
-def test_collect(benchmark, generator, path: str) -> None:
-    codes = topk(torch.randn(ROWS, D_SAE, generator=generator), K)
-    strengths, rows = by_sorting(codes)
-    ours = collect_examples(codes, N)
-    present = rows >= 0
-    assert np.array_equal(np.asarray(ours.rows)[present], rows[present])
-    assert np.array_equal(np.asarray(ours.strengths)[present], strengths[present])
-    benchmark.group = f"examples, {ROWS} rows, k={K}, d_sae={D_SAE}, n={N}"
-    call = by_sorting if path == "sorting" else collect_examples
-    arguments = (codes,) if path == "sorting" else (codes, N)
-    benchmark.pedantic(call, args=arguments, rounds=5, warmup_rounds=1)
+@pytest.fixture(scope="module")
+def codes(shape) -> SparseCodes:
+    """Frequent and rare features, strengths of a long tail."""
+    rows, k, d_sae = ROWS[shape.name], shape.k, shape.d_sae
+    generator = torch.Generator().manual_seed(0)
+    rank = torch.rand(rows, k, generator=generator).pow(2) * (d_sae // k)
+    indices = (rank.long() * k + torch.arange(k)).to(torch.int32)
+    values = torch.empty(rows, k).exponential_(2.0, generator=generator) + 0.01
+    values = values.sort(dim=1, descending=True).values
+    offsets = torch.arange(0, rows * k + 1, k)
+    return SparseCodes(values.reshape(-1), indices.reshape(-1), offsets, d_sae)
+
+
+@pytest.fixture(scope="module")
+def folder(codes: SparseCodes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codes") / "shards"
+    with CodeWriter(folder, codes.d_sae) as writer:
+        writer.write(codes)
+    return folder
+
+
+def by_sorting(codes: SparseCodes) -> torch.Tensor:
+    """The obvious way, not bounded: sort all codes by feature and strength."""
+    order = codes.values.argsort(descending=True, stable=True)
+    order = order[codes.indices[order].argsort(stable=True)]
+    counts = torch.bincount(codes.indices, minlength=codes.d_sae)
+    at = (counts.cumsum(0) - counts)[:, None] + torch.arange(N)
+    strongest = codes.values[order[at.clamp(max=codes.nnz - 1)]]
+    return torch.where(torch.arange(N) < counts[:, None], strongest, 0.0)
+
+
+@pytest.mark.parametrize("source", ["shards", "memory"])
+def test_collect(versus, shape, codes, folder, source) -> None:
+    given = folder if source == "shards" else codes
+    threads = torch.get_num_threads()
+    assert torch.equal(collect_examples(given, N).strengths, by_sorting(codes))
+    versus(
+        f"examples from {source}, {len(codes.row_offsets) - 1} rows, k={shape.k}, "
+        f"d_sae={shape.d_sae}, n={N}",
+        ours=lambda: collect_examples(given, N, threads=threads, progress=False),
+        torch=lambda: by_sorting(codes),
+        work=(codes.nnz, "activations"),
+    )

@@ -24,8 +24,6 @@ from harness.compare import TOLERANCE, better, compare, read_baseline, write_bas
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ROOT / "benches"
-RUNS = 3
-"""Runs whose median makes a baseline."""
 
 
 def run_benches(targets: Sequence[str | Path], seconds: float) -> dict[str, Any]:
@@ -90,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("targets", nargs="*", default=[BENCHES], help="benches (default: all)")
     parser.add_argument("--write", action="store_true", help="write the baseline of this CPU class")
+    parser.add_argument("--runs", type=int, default=3, help="whose median is the baseline")
     parser.add_argument("--baselines", type=Path, default=BENCHES / "baselines")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     parser.add_argument("--seconds", type=float, default=0.5, help="for one contest")
@@ -98,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return check(
             chosen.targets, chosen.baselines, tolerance=chosen.tolerance, seconds=chosen.seconds
         )
-    runs = [run_benches(chosen.targets, chosen.seconds) for _ in range(RUNS)]
+    runs = [run_benches(chosen.targets, chosen.seconds) for _ in range(chosen.runs)]
     path = chosen.baselines / f"{runs[0]['machine']['class']}.json"
     write_baseline(path, runs)
-    print(f"wrote {path}: {len(runs[0]['results'])} contests, medians of {RUNS} runs")
+    print(f"wrote {path}: {len(runs[0]['results'])} contests, medians of {len(runs)} runs")
     return 0
 
 

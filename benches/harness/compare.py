@@ -77,7 +77,7 @@ def compare(
     tolerance: float = TOLERANCE,
 ) -> list[Verdict]:
     """A verdict for each result and each line of the baseline."""
-    found = {result["name"]: Ratio.of(result) for result in results}
+    found = {r["name"]: Ratio.of(r) for r in results if r["compared"]}
     names = [*found, *(name for name in baseline if name not in found)]
     return [Verdict(name, found.get(name), baseline.get(name), tolerance) for name in names]
 
@@ -104,7 +104,7 @@ def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
     """Writes the medians of several runs on one machine."""
     ratios: dict[str, list[Ratio]] = {}
     for run in runs:
-        for result in run["results"]:
+        for result in filter(lambda result: result["compared"], run["results"]):
             ratios.setdefault(result["name"], []).append(Ratio.of(result))
     content = {
         "machine": runs[-1]["machine"],

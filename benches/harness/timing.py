@@ -28,6 +28,8 @@ class Result:
     notes: dict[str, Any] = field(default_factory=dict)
     test: str = ""
     """The bench that it comes from, as pytest takes it: ``path::name``."""
+    compared: bool = True
+    """Whether bench-check compares it with the baseline."""
 
     def median(self, contender: str = OURS) -> float:
         """Seconds of a call."""
@@ -73,6 +75,7 @@ class Result:
             "work": self.work,
             "notes": self.notes,
             "test": self.test,
+            "compared": self.compared,
         }
 
 

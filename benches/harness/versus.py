@@ -44,6 +44,7 @@ class Versus:
         rounds: int | None = None,
         seconds: float | None = None,
         notes: dict[str, Any] | None = None,
+        compared: bool = True,
         **peers: Call,
     ) -> Result:
         """Times ``ours`` against ``torch``, the plain reference, and against peers.
@@ -54,6 +55,8 @@ class Versus:
             rounds: of each contender; default as many as the budget allows, 5 to 200.
             seconds: the budget for all rounds together.
             notes: what else the result should say (bytes moved, candidates, ...).
+            compared: whether bench-check compares it with the baseline; not where the ratio is the
+                disk's rather than ours.
 
         Raises:
             ValueError: a second contest of that name.
@@ -80,7 +83,7 @@ class Versus:
             self.benchmark.pedantic(our_turn, setup=others_turn, rounds=rounds, warmup_rounds=0)
         finally:
             gc.enable()
-        result = Result(name, times, work, notes or {}, self.test)
+        result = Result(name, times, work, notes or {}, self.test, compared)
         self.results.append(result)
         self.benchmark.extra_info.update(result.summary())
         return result

@@ -1,92 +1,107 @@
-"""Reading and writing activation shards, against safetensors and torch on the same rows."""
+"""Activation shards: shuffled batches, scans and writing, beside torch on rows in memory."""
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from r1sae_fast.shards import ActivationShards, ActivationWriter
 
-ROWS, D_IN, BATCH = 1 << 13, 7168, 2048  # 112 MiB in bfloat16
+ROWS = {"small": 1 << 14, "r1": 1 << 16}
+BATCH = 2048
 
 
 @pytest.fixture(scope="module")
-def activations() -> torch.Tensor:
-    return torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(0)).bfloat16()
+def activations(shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS[shape.name], shape.d_in, generator=generator).bfloat16()
 
 
 @pytest.fixture(scope="module")
-def shards(activations: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
+def shards(activations, tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
     folder = tmp_path_factory.mktemp("shards") / "activations"
-    with ActivationWriter(folder, D_IN, rows_per_shard=ROWS // 4) as writer:
+    rows, d_in = activations.shape
+    with ActivationWriter(folder, d_in, rows_per_shard=rows // 4) as writer:
         writer.write(activations)
     return ActivationShards(folder)
 
 
 @pytest.fixture(scope="module")
-def chosen() -> torch.Tensor:
-    return torch.randperm(ROWS, generator=torch.Generator().manual_seed(1))[:BATCH]
+def mapped(activations, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    """The same rows as np.memmap has them."""
+    path = tmp_path_factory.mktemp("plain") / "rows.npy"
+    np.save(path, activations.view(torch.int16).numpy())
+    return np.load(path, mmap_mode="r")
 
 
-@pytest.mark.benchmark(group="a shuffled batch")
-def test_gather(
-    benchmark: Any, shards: ActivationShards, activations: torch.Tensor, chosen: torch.Tensor
-) -> None:
-    batch = benchmark(lambda: shards[chosen])
-    assert torch.equal(batch.activations, activations[chosen])
+def size(activations: torch.Tensor, rows: int) -> tuple[float, str]:
+    return rows * activations.shape[1] * activations.element_size(), "B"
 
 
-@pytest.mark.benchmark(group="a shuffled batch")
-def test_torch_indexing(benchmark: Any, activations: torch.Tensor, chosen: torch.Tensor) -> None:
-    """The same rows of a tensor that is in memory already."""
-    assert benchmark(lambda: activations[chosen]).shape == (BATCH, D_IN)
+def test_gather(versus, shards, activations, mapped) -> None:
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.randperm(len(activations), generator=generator)[:BATCH]
+    index = chosen.numpy()
+    assert torch.equal(shards[chosen].activations, activations[chosen])
+    versus(
+        f"{BATCH} shuffled rows of {2 * activations.shape[1]} bytes",
+        ours=lambda: shards[chosen],
+        torch=lambda: activations[chosen],
+        np_memmap=lambda: mapped[index],
+        work=size(activations, BATCH),
+    )
 
 
-@pytest.mark.benchmark(group="a slice, summed")
-def test_slice(benchmark: Any, shards: ActivationShards, activations: torch.Tensor) -> None:
-    expected = activations[:BATCH].sum(dtype=torch.float32)
-    found = benchmark(lambda: shards[:BATCH].activations.sum(dtype=torch.float32))
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.benchmark(group="a slice, summed")
-def test_safetensors_load(benchmark: Any, shards: ActivationShards) -> None:
-    """The first shard, which has BATCH rows, through the safetensors package."""
-    path = shards.paths[0]
-    expected = shards[:BATCH].activations.sum(dtype=torch.float32)
-    found = benchmark(lambda: load_file(path)["activations"].sum(dtype=torch.float32))
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.benchmark(group="an epoch's order")
-def test_loader(benchmark: Any, shards: ActivationShards, activations: torch.Tensor) -> None:
+def test_epoch(versus, shards, activations) -> None:
     loader = shards.loader(BATCH, seed=0)
-    rows = benchmark(lambda: sum(len(batch) for batch in loader))
-    assert rows == ROWS
+    order = torch.randperm(len(activations))
+
+    def ours() -> int:
+        return sum(len(batch) for batch in loader)
+
+    def in_memory() -> int:
+        return sum(len(activations[chosen]) for chosen in order.split(BATCH))
+
+    assert ours() == in_memory() == len(activations)
+    versus(
+        f"an epoch of {len(activations)} shuffled rows",
+        ours=ours,
+        torch=in_memory,
+        work=size(activations, len(activations)),
+    )
 
 
-@pytest.mark.benchmark(group="writing 28 MiB")
-def test_write(benchmark: Any, activations: torch.Tensor, tmp_path: Path) -> None:
-    """Checked for NaN, with a checksum, synced."""
-    part = activations[:BATCH]
-    folders = iter(range(10**6))
+def test_scan(versus, shards, activations) -> None:
+    parts = [slice(start, start + BATCH) for start in range(0, len(activations), BATCH)]
+    target = torch.empty_like(activations[:BATCH])
+    assert all(torch.equal(shards[part].activations, activations[part]) for part in parts)
+    versus(
+        f"a scan of {len(activations)} rows, copied out",
+        ours=lambda: [target.copy_(shards[part].activations) for part in parts],
+        torch=lambda: [target.copy_(activations[part]) for part in parts],
+        work=size(activations, len(activations)),
+    )
+
+
+def test_write(versus, activations, tmp_path: Path) -> None:
+    """Ours checks for NaN, computes a checksum and syncs; safetensors alone does none of it."""
+    part = activations[:BATCH].clone()
+    numbers = iter(range(10**6))
 
     def write() -> Path:
-        folder = tmp_path / str(next(folders))
-        with ActivationWriter(folder, D_IN) as writer:
+        folder = tmp_path / str(next(numbers))
+        with ActivationWriter(folder, part.shape[1]) as writer:
             writer.write(part)
         return folder
 
-    folder = benchmark.pedantic(write, rounds=5)
-    assert torch.equal(ActivationShards(folder)[:].activations, part)
-
-
-@pytest.mark.benchmark(group="writing 28 MiB")
-def test_safetensors_save(benchmark: Any, activations: torch.Tensor, tmp_path: Path) -> None:
-    """Neither checked nor synced."""
-    part = activations[:BATCH].clone()
-    benchmark.pedantic(
-        lambda: save_file({"activations": part}, tmp_path / "plain.safetensors"), rounds=5
+    assert torch.equal(ActivationShards(write())[:].activations, part)
+    versus(
+        f"writing {BATCH} rows of {2 * part.shape[1]} bytes",
+        ours=write,
+        torch=lambda: save_file({"activations": part}, tmp_path / "plain.safetensors"),
+        work=size(part, BATCH),
+        rounds=10,
+        compared=False,  # the disk's time to sync
     )

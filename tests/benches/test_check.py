@@ -62,6 +62,12 @@ def test_new_and_gone() -> None:
     assert "GONE" in gone.line()
 
 
+def test_a_contest_of_the_disk_is_not_compared() -> None:
+    (result,) = table(a=1.0)
+    result["compared"] = False
+    assert compare([result], {}) == []
+
+
 def test_a_sleep_in_an_operation_is_found() -> None:
     def contest(seconds: float) -> dict[str, Any]:
         calls = {"ours": lambda: time.sleep(seconds), "torch": lambda: time.sleep(0.006)}
