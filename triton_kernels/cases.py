@@ -245,6 +245,18 @@ def _screen_cases() -> Iterator[Case]:
     yield Case("int8_screen", "exact products", exact, {"all": ("LDG.128",)})
 
 
+def _tap_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.sae_tap import SaeTap
+
+    vector = {"all": ("LDG.128",)}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, x = meta(D_SAE, D_IN, dtype=dtype), meta(1024, D_IN, dtype=dtype)
+        for limit in (None, meta(1, dtype=torch.float32)):
+            tap = SaeTap(weight.T, None, weight, K, 1024, entries=4, threshold=limit)
+            name = str(dtype).removeprefix("torch.") + ("" if limit is None else ", threshold")
+            yield Case("sae_tap", name, partial(tap, x), vector, "sae_tap_kernel")
+
+
 CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     _decode_cases,
     _gradient_cases,
@@ -252,5 +264,6 @@ CASES: tuple[Callable[[], Iterator[Case]], ...] = (
     _encode_cases,
     _collect_cases,
     _screen_cases,
+    _tap_cases,
 )
 """One generator a kernel family."""

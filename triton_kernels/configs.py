@@ -218,6 +218,13 @@ _TABLE: dict[str, dict[str, Config]] = {
     "row_bound": {
         "default": Config({}, num_warps=4, reason="eight maxima a thread"),
     },
+    "sae_tap": {
+        "default": Config(
+            {"BLOCK_D": 1024}, num_warps=4, reason="16 bytes a thread in bf16, few programs a row"
+        ),
+        "gfx942": Config({"BLOCK_D": 2048}, num_warps=4, reason="the same with 64 threads a wave"),
+        INTERPRETER: Config({"BLOCK_D": 32}),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 

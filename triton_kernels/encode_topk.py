@@ -24,7 +24,14 @@ from r1sae_fast.triton_kernels.launch import launch
 from r1sae_fast.triton_kernels.order_key import key_of, place_of, value_of
 from r1sae_fast.triton_kernels.traffic import Traffic
 
-__all__ = ["MOST_K", "PaddedCodes", "encode_topk", "encode_topk_traffic", "group_for"]
+__all__ = [
+    "MOST_K",
+    "PaddedCodes",
+    "encode_topk",
+    "encode_topk_traffic",
+    "group_for",
+    "select_topk_traffic",
+]
 
 MOST_K = 512
 """Above, a program's candidates no longer fit its registers; the reference serves."""
@@ -224,11 +231,15 @@ def _select_config(k: int, device: torch.device) -> Config:
     return config("select_topk" if k <= 128 else "select_topk, large k", device)
 
 
-def encode_topk_traffic(rows: int, d_in: int, d_sae: int, k: int, *, itemsize: int = 2) -> Traffic:
-    """Of :func:`encode_topk`: the products, then maxima and k groups of each row."""
+def select_topk_traffic(rows: int, d_sae: int, k: int, *, itemsize: int = 2) -> Traffic:
+    """Of the selection alone: the maxima and k groups of each row."""
     group = group_for(k)
     selected = rows * (-(-d_sae // group) + k * group) * itemsize
-    selection = Traffic(
-        hbm_read=selected, hbm_written=rows * (k * (itemsize + 4) + 4), l2_read=selected
+    return Traffic(hbm_read=selected, hbm_written=rows * (k * (itemsize + 4) + 4), l2_read=selected)
+
+
+def encode_topk_traffic(rows: int, d_in: int, d_sae: int, k: int, *, itemsize: int = 2) -> Traffic:
+    """Of :func:`encode_topk`: the products, then the selection."""
+    return encode_chunk_traffic(rows, d_in, d_sae, itemsize=itemsize) + select_topk_traffic(
+        rows, d_sae, k, itemsize=itemsize
     )
-    return encode_chunk_traffic(rows, d_in, d_sae, itemsize=itemsize) + selection

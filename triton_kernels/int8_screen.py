@@ -363,9 +363,10 @@ def _all_exact(x: Tensor, weights: ScreenedWeights) -> tuple[Tensor, Tensor, Ten
 
 def int8_screen_traffic(
     rows: int, d_in: int, d_sae: int, k: int, *, candidates: float | None = None
-) -> Traffic:
-    """Of :func:`int8_screen_topk`; ``candidates`` a row (default 6 k: random unit columns, the
-    worst measured). FLOPs are int8 operations for the most part."""
+) -> tuple[Traffic, Traffic]:
+    """Of :func:`int8_screen_topk`: bounds and candidates (its FLOPs are int8 operations), and their
+    exact products. ``candidates`` a row: default 6 k, as for random unit columns, the worst
+    measured."""
     candidates = min(6.0 * k if candidates is None else candidates, d_sae)
     chunks = -(-rows // CHUNK)
     quantise = rows * d_in * (4 + 4 + 1)
@@ -387,4 +388,4 @@ def int8_screen_traffic(
         chunks * per_chunk.flops,
         per_chunk.scratch,
     )
-    return screen + rescore
+    return screen, rescore

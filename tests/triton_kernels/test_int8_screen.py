@@ -117,6 +117,7 @@ def test_nothing_to_do(device: torch.device) -> None:
 
 
 def test_traffic() -> None:
-    traffic = int8_screen_traffic(4096, 7168, 28672, 64)
-    assert traffic.scratch < 1.1 * 1024 * 28672 * 4
-    assert traffic.hbm < 8 * 28672 * 7168 * 4
+    bounds, exact = int8_screen_traffic(4096, 7168, 28672, 64)
+    assert bounds.scratch < 1.1 * 1024 * 28672 * 4
+    assert (bounds + exact).hbm < 8 * 28672 * 7168 * 4
+    assert exact.flops < bounds.flops / 50
