@@ -52,6 +52,33 @@ def decode_gradient_of_weight(
 def simd_info() -> tuple[str, list[str]]: ...
 def set_simd(name: str) -> str: ...
 
+# -- screening (rust/python/src/screen.rs) --
+
+def screen_kernels() -> tuple[str, list[str]]: ...
+
+@final
+class Screen:
+    def __new__(cls, w: _Floats, bias: _Floats, kernel: str, seed: int, threads: int) -> Screen: ...
+    def refresh(self, w: _Floats, bias: _Floats, rows: _Int64 | None, threads: int) -> None: ...
+    def encode(
+        self,
+        x: _Floats,
+        w: _Floats,
+        bias: _Floats,
+        rule: str,
+        choice: int | NDArray[np.float32],
+        check_finite: bool,
+        threads: int,
+    ) -> _Codes: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def counts(self) -> tuple[int, int, int, int]: ...
+    @property
+    def first_bad_feature(self) -> int | None: ...
+
 # -- shards (rust/python/src/shards.rs) --
 
 _Bytes: TypeAlias = NDArray[np.uint8]

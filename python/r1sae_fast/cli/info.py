@@ -31,6 +31,7 @@ def facts() -> list[tuple[str, str]]:
         ("core", "debug build (slow)" if _core.DEBUG_BUILD else "release build"),
         ("cpu", f"{platform.machine()}, {os.cpu_count()} logical cores"),
         ("simd", _simd()),
+        ("encoding", _encoding()),
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
         ("system", platform.platform()),
         *_torch_facts(),
@@ -48,6 +49,22 @@ def _simd() -> str:
         return str(error)
     others = [level for level in available if level != active]
     return f"{active} in use" + (f" (also here: {', '.join(others)})" if others else "")
+
+
+def _encoding() -> str:
+    """How codes of large SAEs are computed on this CPU."""
+    try:
+        from r1sae_fast import _core, ops
+
+        kind, kernel = ops.best_screen()
+        kernels = ", ".join(_core.screen_kernels()[1])
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # no torch; R1SAE_SIMD names a level that is not there
+        return str(error)
+    chosen = f"{kind} screen by {kernel}" if kernel else "dense products, no screen"
+    return f"{chosen} (8-bit products here: {kernels})"
 
 
 def _torch_facts() -> list[tuple[str, str]]:

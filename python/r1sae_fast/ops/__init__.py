@@ -9,7 +9,13 @@ from r1sae_fast.ops._simd import set_simd, simd_info
 from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
 from r1sae_fast.ops.code_values import with_gradient
 from r1sae_fast.ops.decode import decode, decode_reference
-from r1sae_fast.ops.screen import SCREEN_KINDS, Screen, ScreenKind
+from r1sae_fast.ops.screen import (
+    SCREEN_KINDS,
+    Screen,
+    ScreenKind,
+    ScreenReport,
+    best_screen,
+)
 from r1sae_fast.ops.threshold import threshold, threshold_reference
 from r1sae_fast.ops.topk import topk, topk_reference
 
@@ -17,8 +23,10 @@ __all__ = [
     "SCREEN_KINDS",
     "Screen",
     "ScreenKind",
+    "ScreenReport",
     "batch_topk",
     "batch_topk_reference",
+    "best_screen",
     "decode",
     "decode_reference",
     "set_simd",

@@ -1,7 +1,7 @@
 """The gradient of codes that were found without dense pre-activations.
 
-A value is ``<x[row], W_enc[:, feature]> + b_enc[feature]``: its gradient concerns that row of x, that
-column of W_enc and that bias alone, so nothing of size rows x d_sae is made.
+A value is ``<x[row], W_enc[:, feature]> + b_enc[feature]``: its gradient concerns that row of x,
+that column of W_enc and that bias alone, so nothing of size rows x d_sae is made.
 """
 
 from __future__ import annotations

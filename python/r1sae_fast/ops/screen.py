@@ -1,43 +1,126 @@
-"""Codes straight from x: every pre-activation bounded cheaply, the few that matter computed exactly.
+"""Codes straight from x: all pre-activations bounded cheaply, the few that matter computed exactly.
 
 The dense path multiplies in full precision and then throws all but k of d_sae products away. A
-:class:`Screen` bounds them all in int8 first, with a margin that is certified (see
-``rust/core/src/screen``), discards what the bound excludes, and computes the rest exactly.
+:class:`Screen` bounds them all with 8-bit products first, by a certified margin (the proof is in
+``rust/core/src/screen/certificate.rs``), drops what the bounds exclude, and computes the rest
+exactly. Codes are then those of pre-activations summed in float64, rounded to float32 (bfloat16: by
+way of float32), the bias added and rounded again: what the dense path aims at and misses by the
+errors of its sums.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import threading
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
+from r1sae_fast.ops import _common
 from r1sae_fast.ops.batch_topk import batch_topk
 from r1sae_fast.ops.threshold import threshold
 from r1sae_fast.ops.topk import topk
 
-__all__ = ["SCREEN_KINDS", "Screen", "ScreenKind"]
+__all__ = ["SCREEN_KINDS", "Screen", "ScreenKind", "ScreenReport", "best_screen"]
 
 ScreenKind = Literal["auto", "int8", "none"]
 SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 
+# Measured on two cores of an Intel Xeon with AMX, 7168 x 28672, k 64, weights without a tail (the
+# hardest to bound), us a row of encoding; dense is torch's product and our selection:
+#   rows    float32 dense  int8   bfloat16 dense  int8
+#   1024             1400   230              250   180
+#     64             2350   450              690   350
+#      1            32800  9000            15900  8900
+# Below this many weights a product takes less than the calls around it, whatever the path.
+_FEWEST_WEIGHTS = 1 << 20
+# Rounding all weights costs as much as the dense codes of about this many rows.
+_ROWS_OF_A_REFRESH = 64
+# Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
+_FAST_KERNELS = ("amx_int8", "avx512_vnni", "avx_vnni")
+_MOST_DIMENSIONS = 65_000
+# Draws the dither; any number serves as well, as long as the data don't depend on it.
+_SEED = 0x5EED
+
+
+class ScreenReport(NamedTuple):
+    """What :meth:`Screen.explain` tells."""
+
+    kind: str
+    """``"int8"`` or ``"none"``: what is in use for these rows."""
+    kernel: str
+    """The instructions of the 8-bit products: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2``
+    or ``scalar``; empty where there is no screen."""
+    reason: str
+    """Why this kind."""
+    bytes: int
+    """Of the 8-bit copy, as far as it was made."""
+    rows: int
+    """Encoded so far with the screen."""
+    candidates: int
+    """Exact products that these rows took."""
+    exact_rows: int
+    """Rows in which all features were computed exactly."""
+    violations: int
+    """Exact values that lay outside their certified bounds: 0, or the weights were changed in a way
+    that torch doesn't see (``.data``); such rows are computed exactly."""
+
+    def __str__(self) -> str:
+        kernel = f" ({self.kernel})" if self.kernel else ""
+        text = f"screen: {self.kind}{kernel}: {self.reason}"
+        if self.rows:
+            text += (
+                f"; {self.rows} rows so far, {self.candidates / self.rows:.1f} exact products each,"
+                f" {self.exact_rows} computed whole, {self.violations} bounds violated"
+            )
+        return text
+
+
+def best_screen(dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The kind that ``"auto"`` takes for large weights of ``dtype`` on this CPU, and its kernel.
+
+    Raises:
+        ValueError: ``R1SAE_SIMD`` names no level of this CPU.
+    """
+    kernel = _core.screen_kernels()[0]
+    if kernel in _FAST_KERNELS and dtype in (torch.float32, torch.bfloat16):
+        return "int8", kernel
+    return "none", ""
+
 
 class Screen:
-    """Encodes with one set of weights.
+    """Encodes with one set of weights, on the CPU.
+
+    It follows changes of the weights as far as torch counts them (every in-place operation and
+    optimizer): such weights are rounded again before they are used. Changes through ``.data`` or
+    numpy need :meth:`refresh`. Calls from several threads take turns.
 
     Args:
         W_features: ``[d_sae, d_in]`` contiguous: the transpose of W_enc. Kept, not copied.
         b_enc: ``[d_sae]``. Kept, not copied.
-        kind: ``"auto"`` chooses by dtype, size and CPU; ``"none"`` is the dense path.
+        kind: ``"auto"`` chooses by size, dtype and CPU; ``"int8"`` screens, which takes a byte a
+            weight; ``"none"`` is the dense path.
+        kernel: the instructions of the 8-bit products; ``"auto"`` for the fastest.
 
     Raises:
+        TypeError: not a floating tensor.
         ValueError: shapes that don't fit, or a kind that these weights can't have.
     """
 
-    def __init__(self, W_features: Tensor, b_enc: Tensor, kind: ScreenKind = "auto") -> None:
+    def __init__(
+        self,
+        W_features: Tensor,
+        b_enc: Tensor,
+        kind: ScreenKind = "auto",
+        *,
+        kernel: str = "auto",
+    ) -> None:
         if kind not in SCREEN_KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(SCREEN_KINDS)}")
+        if not (isinstance(W_features, Tensor) and W_features.is_floating_point()):
+            raise TypeError("W_features is not a floating torch.Tensor")
         if W_features.dim() != 2 or tuple(b_enc.shape) != (W_features.shape[0],):
             raise ValueError(
                 f"W_features has shape {tuple(W_features.shape)} and b_enc {tuple(b_enc.shape)}; "
@@ -45,29 +128,197 @@ class Screen:
             )
         self._W, self._b = W_features.detach(), b_enc.detach()
         self.requested: ScreenKind = kind
+        self._kernel = kernel
+        self._core: _core.Screen | None = None
+        # The state of the weights that the 8-bit copy is of, and the last state seen.
+        self._copied: object = None
+        self._seen: object = None
+        self._lock = threading.Lock()
+        problem = self._obstacle()
+        if kind == "int8" and problem is not None:
+            raise ValueError(f"these weights can't be screened: {problem}")
+        self.kind, self.reason = self._choose(problem)
+
+    # -- the choice ---------------------------------------------------------------------------
+
+    def _obstacle(self) -> str | None:
+        """Why these weights can't be screened at all."""
+        W, b = self._W, self._b
+        if W.device.type != "cpu" or b.device.type != "cpu":
+            return f"they lie on {W.device}"
+        if not _common.in_rust(W, b):
+            return f"they are {W.dtype}; screens are for float32 and bfloat16"
+        if not W.is_contiguous():
+            return "they are not feature-major in memory"
+        if W.is_inference() or b.is_inference():
+            return "they are inference tensors, whose changes torch doesn't count"
+        if W.shape[1] > _MOST_DIMENSIONS:
+            return f"d_in is {W.shape[1]}, more than {_MOST_DIMENSIONS}"
+        return None
+
+    def _choose(self, problem: str | None) -> tuple[str, str]:
+        if self.requested != "auto":
+            return self.requested, "as asked for"
+        if problem is not None:
+            return "none", problem
+        if self._W.numel() < _FEWEST_WEIGHTS:
+            return "none", f"fewer than {_FEWEST_WEIGHTS} weights: a dense product is as fast"
+        if self._kernel != "auto":
+            return "int8", "8-bit products by the kernel asked for"
+        kind, kernel = best_screen(self._W.dtype)
+        if kind == "none":
+            return "none", "this CPU has no fast 8-bit products (AMX or VNNI)"
+        return "int8", f"8-bit products by {kernel} are the fastest here"
+
+    def is_of(self, W_features: Tensor, b_enc: Tensor, kind: ScreenKind) -> bool:
+        """Whether this is the screen of these very tensors."""
+
+        def same(left: Tensor, right: Tensor) -> bool:
+            kinds = (left.dtype, left.shape, left.stride(), left.device)
+            return left.data_ptr() == right.data_ptr() and kinds == (
+                right.dtype,
+                right.shape,
+                right.stride(),
+                right.device,
+            )
+
+        return kind == self.requested and same(W_features, self._W) and same(b_enc, self._b)
+
+    def explain(self) -> ScreenReport:
+        """Which way codes are computed, why, and what it took so far."""
+        core = self._core
+        kernel = ""
+        if self.kind == "int8":
+            kernel = core.kernel if core is not None else self._kernel_name()
+        counts = (0, 0, 0, 0) if core is None else core.counts
+        size = 0 if core is None else core.nbytes
+        return ScreenReport(self.kind, kernel, self.reason, size, *counts)
+
+    def _kernel_name(self) -> str:
+        return _core.screen_kernels()[0] if self._kernel == "auto" else self._kernel
+
+    # -- the weights --------------------------------------------------------------------------
 
     def refresh(self, rows: Tensor | None = None) -> None:
-        """Takes note of weights that have changed.
+        """Rounds weights that have changed (no work where there is no screen, or not yet).
 
         Args:
-            rows: the features (int64) whose weights changed; default all.
+            rows: the features (int64) whose weights or biases changed; default all. Whoever gives
+                them vouches that no others changed since the last call.
+
+        Raises:
+            ValueError: a row out of range.
         """
+        with self._lock:
+            if self._core is not None:
+                self._round(rows)
+
+    def _round(self, rows: Tensor | None) -> _core.Screen:
+        state = self._state()
+        W, b = _common.to_rust(self._W), _common.to_rust(self._b)
+        core = self._core
+        if core is None:
+            core = _core.Screen(W, b, self._kernel_name(), _SEED, _common.threads())
+            self._core = core
+        else:
+            numbers = None if rows is None else rows.detach().cpu().to(torch.int64).contiguous()
+            numpy = None if numbers is None else numbers.reshape(-1).numpy()
+            core.refresh(W, b, numpy, _common.threads())
+        self._copied = self._seen = state
+        return core
+
+    def _state(self) -> tuple[int, ...]:
+        """Changes whenever torch knows that the weights did."""
+        W, b = self._W, self._b
+        return (W.data_ptr(), W._version, b.data_ptr(), b._version)
+
+    def _ready(self, rows: int) -> _core.Screen | None:
+        """The screen of the weights as they are; None where a few rows of weights that change again
+        and again are not worth it."""
+        if self.kind != "int8":
+            return None
+        with self._lock:
+            core, state = self._core, self._state()
+            if core is None or state != self._copied:
+                # With gradients on, the weights may be about to change again.
+                may_wait = self.requested == "auto" and torch.is_grad_enabled()
+                if may_wait and rows < _ROWS_OF_A_REFRESH and state != self._seen:
+                    self._seen = state
+                    return None
+                core = self._round(None)
+            # The dense path knows what to do with weights that hold NaN.
+            return core if core.first_bad_feature is None else None
+
+    # -- encoding -----------------------------------------------------------------------------
 
     def topk(self, x: Tensor, k: int, *, check_finite: bool = True) -> SparseCodes:
-        """As :func:`ops.topk` of the pre-activations of ``x [..., d_in]``; no gradient flows."""
-        return topk(self._pre_activations(x), k, check_finite=check_finite)
+        """As :func:`ops.topk` of the pre-activations of ``x [..., d_in]``; no gradient flows (see
+        :func:`ops.with_gradient`).
+
+        Raises:
+            TypeError, ValueError: x of another dtype or width than the weights; k out of range.
+            NonFiniteError: names the (flat) row.
+        """
+        x = self._checked(x)
+        _common.check_k(k, self._W.shape[0])
+        screen = self._ready(_rows_of(x))
+        if screen is None:
+            return topk(self._pre_activations(x), k, check_finite=check_finite)
+        return self._encode(screen, x, "topk", k, check_finite)
 
     def batch_topk(self, x: Tensor, k: int, *, check_finite: bool = True) -> SparseCodes:
-        """As :func:`ops.batch_topk` of the pre-activations of ``x [..., d_in]``."""
-        return batch_topk(self._pre_activations(x), k, check_finite=check_finite)
+        """As :func:`ops.batch_topk` of the pre-activations of ``x``; see :meth:`topk`."""
+        x = self._checked(x)
+        _common.check_k(k, self._W.shape[0])
+        screen = self._ready(_rows_of(x))
+        if screen is None:
+            return batch_topk(self._pre_activations(x), k, check_finite=check_finite)
+        return self._encode(screen, x, "batch_topk", k, check_finite)
 
     def threshold(
-        self, x: Tensor, threshold_: Tensor | float, *, check_finite: bool = True
+        self, x: Tensor, theta: Tensor | float, *, check_finite: bool = True
     ) -> SparseCodes:
-        """As :func:`ops.threshold` of the pre-activations of ``x [..., d_in]``."""
-        return threshold(self._pre_activations(x), threshold_, check_finite=check_finite)
+        """As :func:`ops.threshold` of the pre-activations of ``x``; see :meth:`topk`."""
+        x = self._checked(x)
+        if not isinstance(theta, Tensor):
+            theta = torch.tensor(theta, dtype=torch.float64)
+        if tuple(theta.shape) not in ((), (1,), (self._W.shape[0],)):
+            raise ValueError(
+                f"threshold has shape {tuple(theta.shape)}; expected () or ({self._W.shape[0]},)"
+            )
+        screen = self._ready(_rows_of(x))
+        if screen is None:
+            return threshold(self._pre_activations(x), theta, check_finite=check_finite)
+        return self._encode(screen, x, "threshold", theta, check_finite)
+
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.dtype != self._W.dtype:
+            raise TypeError(f"x is {x.dtype} but the weights {self._W.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self._W.shape[1]:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [..., {self._W.shape[1]}]")
+        return x.detach()
+
+    def _encode(
+        self, screen: _core.Screen, x: Tensor, rule: str, choice: int | Tensor, check_finite: bool
+    ) -> SparseCodes:
+        if isinstance(choice, Tensor):
+            bounds = choice.detach().cpu().to(torch.float32).reshape(-1).contiguous().numpy()
+        raw = screen.encode(
+            _common.to_rust(x.reshape(_rows_of(x), x.shape[-1])),
+            _common.to_rust(self._W),
+            _common.to_rust(self._b),
+            rule,
+            bounds if isinstance(choice, Tensor) else choice,
+            check_finite,
+            _common.threads(),
+        )
+        return SparseCodes(*_common.raw_from_rust(raw), self._W.shape[0], tuple(x.shape[:-1]))
 
     @torch.no_grad()
     def _pre_activations(self, x: Tensor) -> Tensor:
         # Two steps, each rounded, as the release does.
         return x @ self._W.T + self._b
+
+
+def _rows_of(x: Tensor) -> int:
+    return x.shape[:-1].numel()

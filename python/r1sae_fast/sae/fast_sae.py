@@ -44,6 +44,8 @@ class FastSAE(nn.Module):
         threshold: buffer, float32, ``[]`` or ``[d_sae]``: in mode threshold the codes are what
             exceeds it. Negative: not calibrated yet.
         metadata: free JSON data, saved with the weights (model, hook point, ...).
+        screen: how :meth:`encode_sparse` computes: ``"auto"`` (at first), ``"int8"`` or ``"none"``,
+            as :class:`ops.Screen` has them; :meth:`explain` tells what that comes to.
 
     Raises:
         TypeError: an argument of another type.
@@ -55,6 +57,7 @@ class FastSAE(nn.Module):
     b_enc: nn.Parameter
     b_dec: nn.Parameter
     threshold: Tensor
+    screen: ops.ScreenKind
 
     def __init__(
         self,
@@ -144,6 +147,8 @@ class FastSAE(nn.Module):
     ) -> None:
         self._config = config
         self.check_finite = True
+        self.screen = "auto"
+        self._screen: ops.Screen | None = None
         self.metadata: dict[str, Any] = {}
         if threshold is None:
             threshold = torch.full((), _UNSET, device=W_dec.device)
@@ -243,11 +248,15 @@ class FastSAE(nn.Module):
             TypeError, ValueError: as :meth:`pre_activations`; mode threshold without calibration.
             NonFiniteError: a row holds NaN or an infinity (unless check_finite is off).
         """
-        pre_activations = self.pre_activations(x)
-        try:
-            return self._select(pre_activations)
-        except NonFiniteError as error:
-            raise self._explained(error, x) from None
+        return self._encode(x, self.mode)
+
+    def explain(self) -> ops.ScreenReport:
+        """Which way codes are computed, why, and what it took so far: ``print(sae.explain())``."""
+        screen = self._screen_of(self.W_enc)
+        if screen is None:
+            reason = f"the parameters lie on {self.device}; screens are for the CPU"
+            return ops.ScreenReport("none", "", reason, 0, 0, 0, 0, 0)
+        return screen.explain()
 
     def encode(self, x: Tensor) -> Tensor:
         """As :meth:`encode_sparse`, dense: ``[..., d_sae]``."""
@@ -289,12 +298,7 @@ class FastSAE(nn.Module):
         """
         weakest = []
         for x in [batches] if isinstance(batches, Tensor) else batches:
-            try:
-                codes = ops.batch_topk(
-                    self.pre_activations(x), self.k, check_finite=self.check_finite
-                )
-            except NonFiniteError as error:
-                raise self._explained(error, x) from None
+            codes = self._encode(x, "batch_topk")
             if codes.rows:
                 full = codes.nnz > 0 and codes.nnz == self.k * codes.rows
                 weakest.append(float(codes.values.min()) if full else 0.0)
@@ -366,18 +370,50 @@ class FastSAE(nn.Module):
 
     # -- inner parts --------------------------------------------------------------------------
 
-    def _select(self, pre_activations: Tensor) -> SparseCodes:
+    def _screen_of(self, W_enc: Tensor) -> ops.Screen | None:
+        """The screen of the parameters as they are; None where there can be none."""
+        if W_enc.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        W, b = W_enc.detach().T, self.b_enc.detach()
+        screen = self._screen
+        if screen is None or not screen.is_of(W, b, self.screen):
+            screen = self._screen = ops.Screen(W, b, self.screen)
+        return screen
+
+    def _encode(self, x: Tensor, mode: Mode) -> SparseCodes:
+        x = self._checked("x", x, self.d_in, "d_in")
+        screen = self._screen_of(self.W_enc)
+        try:
+            if screen is None or screen.kind == "none":
+                return self._select(x @ self.W_enc + self.b_enc, mode)
+            codes = self._screened(screen, x, mode)
+        except NonFiniteError as error:
+            raise self._explained(error, x) from None
+        return ops.with_gradient(codes, x, self.W_enc.T, self.b_enc)
+
+    def _screened(self, screen: ops.Screen, x: Tensor, mode: Mode) -> SparseCodes:
         check = self.check_finite
-        if self.mode == "topk":
-            return ops.topk(pre_activations, self.k, check_finite=check)
-        if self.mode == "batch_topk":
-            return ops.batch_topk(pre_activations, self.k, check_finite=check)
+        if mode == "topk":
+            return screen.topk(x, self.k, check_finite=check)
+        if mode == "batch_topk":
+            return screen.batch_topk(x, self.k, check_finite=check)
+        return screen.threshold(x, self._calibrated(), check_finite=check)
+
+    def _calibrated(self) -> Tensor:
         if bool((self.threshold < 0).any()):
             raise ValueError(
                 "threshold is negative, so not calibrated yet; "
                 "call calibrate_threshold(activations) or set sae.threshold"
             )
-        return ops.threshold(pre_activations, self.threshold, check_finite=check)
+        return self.threshold
+
+    def _select(self, pre_activations: Tensor, mode: Mode) -> SparseCodes:
+        check = self.check_finite
+        if mode == "topk":
+            return ops.topk(pre_activations, self.k, check_finite=check)
+        if mode == "batch_topk":
+            return ops.batch_topk(pre_activations, self.k, check_finite=check)
+        return ops.threshold(pre_activations, self._calibrated(), check_finite=check)
 
     def _checked(self, name: str, x: Tensor, width: int, width_name: str) -> Tensor:
         if not isinstance(x, Tensor):
@@ -415,6 +451,10 @@ class FastSAE(nn.Module):
             f"x holds a NaN or infinite value in row {row}{place}; "
             "remove or mask that row before encoding"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes a screen of its own parameters.
+        return {**self.__dict__, "_screen": None}
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is no plain attribute; a tied SAE has no parameter of this name.

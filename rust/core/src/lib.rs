@@ -2,7 +2,7 @@
 //! and files, and never names Python.
 //!
 //! The modules follow the data: [`shard`] holds activations and codes on disk,
-//! [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
+//! [`screen`] finds codes without all pre-activations, [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
 //! codes back into activations, [`examples`] keeps each feature's strongest rows.
 //! [`fp8`] quantises a model's weights and activations.
 
@@ -13,6 +13,7 @@ pub mod examples;
 pub mod fp8;
 mod pool;
 pub mod rows;
+pub mod screen;
 pub mod select;
 pub mod shard;
 pub mod simd;

@@ -8,6 +8,7 @@ mod examples;
 mod fp8;
 mod interrupt;
 mod ops;
+mod screen;
 mod shards;
 
 #[pymodule]
@@ -16,6 +17,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
     ops::register(module)?;
     fp8::register(module)?;
+    screen::register(module)?;
     shards::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;
     module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;

@@ -20,7 +20,7 @@ const MANY_VALUES: usize = 1 << 20;
 const MANY_PRODUCTS: usize = 1 << 24;
 
 /// An element of the core and the bits by which numpy knows it.
-trait Crossing: Element {
+pub(crate) trait Crossing: Element {
     type Bits: NumpyElement;
     fn from_bits(bits: &[Self::Bits]) -> &[Self];
     fn into_bits(values: Vec<Self>) -> Vec<Self::Bits>;
@@ -48,32 +48,34 @@ impl Crossing for bf16 {
 
 /// A float32 array, or a uint16 array of bf16 bits.
 #[derive(FromPyObject)]
-enum Floats1<'py> {
+pub(crate) enum Floats1<'py> {
     F32(PyReadonlyArray1<'py, f32>),
     Bf16(PyReadonlyArray1<'py, u16>),
 }
 
 /// As [`Floats1`], with two dimensions.
 #[derive(FromPyObject)]
-enum Floats2<'py> {
+pub(crate) enum Floats2<'py> {
     F32(PyReadonlyArray2<'py, f32>),
     Bf16(PyReadonlyArray2<'py, u16>),
 }
 
 /// values, indices, row_offsets.
-type PyCodes<'py> = (
+pub(crate) type PyCodes<'py> = (
     Bound<'py, PyAny>,
     Bound<'py, PyArray1<i32>>,
     Bound<'py, PyArray1<i64>>,
 );
 
-fn slice<'a, T: NumpyElement>(array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+pub(crate) fn slice<'a, T: NumpyElement>(array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
     array
         .as_slice()
         .map_err(|_| PyValueError::new_err("expected a contiguous array"))
 }
 
-fn matrix<'a, E: Crossing>(array: &'a PyReadonlyArray2<'_, E::Bits>) -> PyResult<Matrix<'a, E>> {
+pub(crate) fn matrix<'a, E: Crossing>(
+    array: &'a PyReadonlyArray2<'_, E::Bits>,
+) -> PyResult<Matrix<'a, E>> {
     let [rows, width] = [array.shape()[0], array.shape()[1]];
     let data = array
         .as_slice()
@@ -81,11 +83,11 @@ fn matrix<'a, E: Crossing>(array: &'a PyReadonlyArray2<'_, E::Bits>) -> PyResult
     Matrix::new(E::from_bits(data), rows, width).map_err(to_py)
 }
 
-fn array<'py, E: Crossing>(py: Python<'py>, values: Vec<E>) -> Bound<'py, PyAny> {
+pub(crate) fn array<'py, E: Crossing>(py: Python<'py>, values: Vec<E>) -> Bound<'py, PyAny> {
     PyArray1::from_vec(py, E::into_bits(values)).into_any()
 }
 
-fn mixed() -> PyErr {
+pub(crate) fn mixed() -> PyErr {
     PyTypeError::new_err("expected all arrays of one dtype: float32, or uint16 (bf16 bits)")
 }
 
@@ -114,7 +116,7 @@ fn select_as<'py, E: Crossing>(
     ))
 }
 
-fn options(check_finite: bool, threads: usize) -> PyResult<Options> {
+pub(crate) fn options(check_finite: bool, threads: usize) -> PyResult<Options> {
     Ok(Options {
         simd: Simd::active().map_err(to_py)?,
         threads,

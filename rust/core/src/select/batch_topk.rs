@@ -7,10 +7,10 @@ use crate::simd::{value_of, Element};
 use crate::{Cancel, Result};
 
 /// Candidates of one range of rows, in rising flat index.
-struct Candidates {
-    keys: Vec<u64>,
+pub(crate) struct Candidates {
+    pub keys: Vec<u64>,
     /// Where each row's keys end.
-    ends: Vec<usize>,
+    pub ends: Vec<usize>,
 }
 
 /// The `k * rows` largest positive values of all rows together; fewer where fewer are
@@ -83,7 +83,7 @@ fn screen<E: Element>(
 }
 
 /// Keeps the `k * rows` largest candidates.
-fn keep_largest<E: Element>(
+pub(crate) fn keep_largest<E: Element>(
     rows: usize,
     k: usize,
     parts: Vec<Candidates>,

@@ -24,6 +24,7 @@ mod topk;
 mod tests;
 
 pub use batch_topk::batch_topk;
+pub(crate) use batch_topk::{keep_largest, Candidates};
 pub use threshold::{threshold, Threshold};
 pub use topk::topk;
 
@@ -104,7 +105,7 @@ fn join<E: Element>(rows: usize, parts: Vec<Result<Part<E>>>) -> Result<Codes<E>
     Ok(codes)
 }
 
-fn non_finite(row: usize) -> Error {
+pub(crate) fn non_finite(row: usize) -> Error {
     Error::NonFinite {
         what: "pre_activations",
         row,

@@ -1,0 +1,213 @@
+//! Inner products that are exact but for the last bit: products of f32 are exact in f64, and f64 sums
+//! them. The order of the sum is fixed, so that every twin gives the same bits.
+//!
+//! A product is cut into blocks of [`BLOCK`] dimensions. Within a block lane i adds up the dimensions
+//! i, i + 16, i + 32...; then lanes are added in halves (8, 4, 2, 1).
+
+use crate::simd::{Element, Level, Simd};
+
+/// Dimensions of a block.
+pub(super) const BLOCK: usize = 256;
+const LANES: usize = 16;
+/// Rows at once, at most: a feature's numbers are converted once for them.
+pub(super) const GROUP: usize = 4;
+
+/// The products of one feature's block with the same block of one to four rows.
+#[inline]
+pub(super) fn dots<E: Element>(
+    w: &[E],
+    rows: [&[f32]; GROUP],
+    count: usize,
+    simd: Simd,
+) -> [f64; GROUP] {
+    let mut output = [0.0; GROUP];
+    match simd.level() {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a Simd of this level is only made after AVX-512F was detected.
+        Level::Avx512 => unsafe {
+            match count {
+                4 => output = x86::avx512(w, rows),
+                3 => {
+                    let [a, b] = x86::avx512(w, [rows[0], rows[1]]);
+                    let [c] = x86::avx512(w, [rows[2]]);
+                    output[..3].copy_from_slice(&[a, b, c]);
+                }
+                2 => output[..2].copy_from_slice(&x86::avx512(w, [rows[0], rows[1]])),
+                _ => output[..1].copy_from_slice(&x86::avx512(w, [rows[0]])),
+            }
+        },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => {
+            for (output, row) in output.iter_mut().zip(rows).take(count) {
+                // SAFETY: a Simd of this level is only made after AVX2 and FMA were detected.
+                *output = unsafe { x86::avx2(w, row) };
+            }
+        }
+        _ => {
+            for (output, row) in output.iter_mut().zip(rows).take(count) {
+                *output = scalar(w, row);
+            }
+        }
+    }
+    output
+}
+
+/// The truth.
+fn scalar<E: Element>(w: &[E], x: &[f32]) -> f64 {
+    let mut lanes = [0.0; LANES];
+    add_rest(&mut lanes, w, x, 0);
+    reduce(lanes)
+}
+
+/// Adds what lies from `start` on, a multiple of the lanes.
+#[inline(always)]
+fn add_rest<E: Element>(lanes: &mut [f64; LANES], w: &[E], x: &[f32], start: usize) {
+    for (w, x) in w[start..].chunks(LANES).zip(x[start..].chunks(LANES)) {
+        for ((lane, w), x) in lanes.iter_mut().zip(w).zip(x) {
+            // The product is exact, so that this is also what a fused multiply-add gives.
+            *lane += f64::from(w.to_f32()) * f64::from(*x);
+        }
+    }
+}
+
+#[inline(always)]
+fn reduce(mut lanes: [f64; LANES]) -> f64 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::{
+        __m512d, _mm256_add_pd, _mm256_castpd256_pd128, _mm256_castps256_ps128, _mm256_cvtps_pd,
+        _mm256_extractf128_pd, _mm256_extractf128_ps, _mm256_fmadd_pd, _mm256_loadu_ps,
+        _mm256_setzero_pd, _mm256_storeu_pd, _mm512_add_pd, _mm512_castpd512_pd256,
+        _mm512_cvtps_pd, _mm512_extractf64x4_pd, _mm512_fmadd_pd, _mm512_setzero_pd,
+        _mm512_storeu_pd, _mm_add_pd, _mm_add_sd, _mm_cvtsd_f64, _mm_unpackhi_pd,
+    };
+
+    use super::{add_rest, reduce, LANES};
+    use crate::simd::Element;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn avx512<E: Element, const R: usize>(w: &[E], rows: [&[f32]; R]) -> [f64; R] {
+        let len = rows.iter().fold(w.len(), |len, row| len.min(row.len()));
+        let whole = len - len % LANES;
+        let mut sums = [[_mm512_setzero_pd(); 2]; R];
+        for start in (0..whole).step_by(LANES) {
+            // SAFETY: start + 16 <= whole <= every length.
+            unsafe {
+                let at = w.as_ptr().add(start);
+                let low = _mm512_cvtps_pd(E::load_8(at));
+                let high = _mm512_cvtps_pd(E::load_8(at.add(8)));
+                for (sums, row) in sums.iter_mut().zip(rows) {
+                    let at = row.as_ptr().add(start);
+                    sums[0] = _mm512_fmadd_pd(low, _mm512_cvtps_pd(_mm256_loadu_ps(at)), sums[0]);
+                    let x = _mm512_cvtps_pd(_mm256_loadu_ps(at.add(8)));
+                    sums[1] = _mm512_fmadd_pd(high, x, sums[1]);
+                }
+            }
+        }
+        let mut output = [0.0; R];
+        for ((output, sums), row) in output.iter_mut().zip(sums).zip(rows) {
+            if whole == len {
+                *output = halves(_mm512_add_pd(sums[0], sums[1]));
+                continue;
+            }
+            let mut lanes = [0.0; LANES];
+            // SAFETY: the array holds 16 f64.
+            unsafe {
+                _mm512_storeu_pd(lanes.as_mut_ptr(), sums[0]);
+                _mm512_storeu_pd(lanes.as_mut_ptr().add(8), sums[1]);
+            }
+            add_rest(&mut lanes, &w[..len], &row[..len], whole);
+            *output = reduce(lanes);
+        }
+        output
+    }
+
+    /// Adds 8 lanes as `reduce` does.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn halves(sum: __m512d) -> f64 {
+        let four = _mm256_add_pd(
+            _mm512_castpd512_pd256(sum),
+            _mm512_extractf64x4_pd::<1>(sum),
+        );
+        let two = _mm_add_pd(
+            _mm256_castpd256_pd128(four),
+            _mm256_extractf128_pd::<1>(four),
+        );
+        _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn avx2<E: Element>(w: &[E], x: &[f32]) -> f64 {
+        let len = w.len().min(x.len());
+        let whole = len - len % LANES;
+        let mut sums = [_mm256_setzero_pd(); 4];
+        for start in (0..whole).step_by(LANES) {
+            for half in 0..2 {
+                let at = start + 8 * half;
+                // SAFETY: at + 8 <= start + 16 <= whole <= both lengths.
+                unsafe {
+                    let w = E::load_8(w.as_ptr().add(at));
+                    let x = _mm256_loadu_ps(x.as_ptr().add(at));
+                    sums[2 * half] = _mm256_fmadd_pd(
+                        _mm256_cvtps_pd(_mm256_castps256_ps128(w)),
+                        _mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+                        sums[2 * half],
+                    );
+                    sums[2 * half + 1] = _mm256_fmadd_pd(
+                        _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(w)),
+                        _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(x)),
+                        sums[2 * half + 1],
+                    );
+                }
+            }
+        }
+        let mut lanes = [0.0; LANES];
+        for (lanes, sum) in lanes.chunks_exact_mut(4).zip(sums) {
+            // SAFETY: the chunk holds 4 f64.
+            unsafe { _mm256_storeu_pd(lanes.as_mut_ptr(), sum) };
+        }
+        add_rest(&mut lanes, &w[..len], &x[..len], whole);
+        reduce(lanes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn twins_agree_to_the_bit(
+            values in prop::collection::vec((-1e3_f32..1e3, -1e-3_f32..1e-3), 0..BLOCK + 40),
+            count in 1..=GROUP,
+        ) {
+            let w: Vec<f32> = values.iter().map(|value| value.0).collect();
+            let x: Vec<f32> = values.iter().map(|value| value.1).collect();
+            let halves: Vec<bf16> = w.iter().map(|value| bf16::from_f32(*value)).collect();
+            let shifted: Vec<f32> = x.iter().map(|value| value * 3.0).collect();
+            let rows: [&[f32]; GROUP] = [&x, &shifted, &x, &shifted];
+            for simd in Level::ALL.into_iter().filter_map(Simd::new) {
+                let found = dots(&w, rows, count, simd);
+                let found_halves = dots(&halves, rows, count, simd);
+                for at in 0..count {
+                    prop_assert_eq!(found[at].to_bits(), scalar(&w, rows[at]).to_bits());
+                    prop_assert_eq!(found_halves[at].to_bits(), scalar(&halves, rows[at]).to_bits());
+                }
+            }
+        }
+    }
+}

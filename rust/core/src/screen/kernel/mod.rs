@@ -1,0 +1,237 @@
+//! The 8-bit product of up to 32 rows and 32 features, one twin per instruction set.
+//!
+//! All add the same integers exactly, so all agree to the bit. Weights are unsigned (128 stands for
+//! zero), rows signed, which is the mix that every instruction set has.
+
+use std::marker::PhantomData;
+
+use super::layout::{PANEL, STEP, TILE, TILE_ROWS};
+use crate::simd::{Level, Simd};
+
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+/// The sums of one block: rows of [`PANEL`] features.
+pub(super) type Block = [i32; PANEL * PANEL];
+
+/// An instruction set for 8-bit products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Plain Rust, on any CPU.
+    Scalar,
+    /// AVX2: pairs are added in 16 bits, so rows have 7 bits only.
+    Avx2,
+    /// AVX-VNNI: 32 products an instruction.
+    AvxVnni,
+    /// AVX-512 VNNI: 64 products an instruction.
+    Avx512Vnni,
+    /// AMX: 16,384 products an instruction.
+    Amx,
+}
+
+impl Kernel {
+    /// Every kernel, slowest first.
+    pub const ALL: [Self; 5] = [
+        Self::Scalar,
+        Self::Avx2,
+        Self::AvxVnni,
+        Self::Avx512Vnni,
+        Self::Amx,
+    ];
+
+    /// The name that users type.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx_vnni",
+            Self::Avx512Vnni => "avx512_vnni",
+            Self::Amx => "amx_int8",
+        }
+    }
+
+    /// Whether this CPU and this system have it.
+    pub fn is_supported(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => {
+                is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512f")
+            }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx => amx::is_supported(),
+            #[allow(unreachable_patterns, reason = "which are left depends on the target")]
+            _ => false,
+        }
+    }
+
+    /// The fastest that this CPU has within `simd`'s level.
+    pub fn best(simd: Simd) -> Self {
+        let widest = match simd.level() {
+            Level::Scalar => 1,
+            Level::Avx2 => 3,
+            Level::Avx512 => Self::ALL.len(),
+        };
+        let mut known = Self::ALL[..widest].iter().rev();
+        known
+            .find(|kernel| kernel.is_supported())
+            .copied()
+            .unwrap_or(Self::Scalar)
+    }
+
+    /// Rows are rounded to whole numbers from minus this to this.
+    pub(super) const fn levels(self) -> i32 {
+        match self {
+            // 255 * 64 * 2 still fits into 16 bits.
+            Self::Avx2 => 63,
+            _ => 127,
+        }
+    }
+
+    /// Makes this thread ready; None where the kernel isn't supported.
+    pub(super) fn begin(self) -> Option<Session> {
+        if !self.is_supported() {
+            return None;
+        }
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self == Self::Amx {
+            // SAFETY: AMX is supported, which includes the system's permission.
+            unsafe { amx::configure() };
+        }
+        Some(Session(self, PhantomData))
+    }
+}
+
+/// Proof that this thread can run a kernel.
+pub(super) struct Session(Kernel, PhantomData<*const ()>);
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        if self.0 == Kernel::Amx {
+            // SAFETY: a session of AMX exists only where AMX is supported.
+            unsafe { amx::release() };
+        }
+    }
+}
+
+/// Tiles that follow one another by dimension, from some step on.
+#[derive(Clone, Copy)]
+pub(super) struct Tiles<'a> {
+    /// From the first step wanted of the first tile.
+    pub bytes: &'a [u8],
+    /// Bytes from a tile to the tile of the next 16 rows or features.
+    pub stride: usize,
+}
+
+impl Session {
+    /// `block[r][f] (+)= sum of x[r] * w[f]` over `steps` steps, for 32 features and the first `rows`
+    /// rows (up to 32, and to the next multiple of 16); other rows of the block are unspecified.
+    pub(super) fn multiply(
+        &self,
+        x: Tiles<'_>,
+        rows: usize,
+        w: Tiles<'_>,
+        steps: usize,
+        block: &mut Block,
+        fresh: bool,
+    ) {
+        assert!(rows <= PANEL);
+        let extent = |stride: usize, tiles: usize| (tiles - 1) * stride + steps * TILE;
+        let row_tiles = rows.div_ceil(TILE_ROWS).max(1);
+        assert!(x.bytes.len() >= extent(x.stride, row_tiles));
+        assert!(w.bytes.len() >= extent(w.stride, 2));
+        match self.0 {
+            Kernel::Scalar => scalar::multiply(x, rows, w, steps, block, fresh),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: AVX2 is supported (a session exists), and the extents were checked.
+            Kernel::Avx2 => unsafe { avx2::multiply(x, rows, w, steps, block, fresh) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: AVX-VNNI is supported (a session exists), and the extents were checked.
+            Kernel::AvxVnni => unsafe { vnni::multiply_256(x, rows, w, steps, block, fresh) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: AVX-512 VNNI is supported (a session exists), and the extents were checked.
+            Kernel::Avx512Vnni => unsafe { vnni::multiply_512(x, rows, w, steps, block, fresh) },
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            // SAFETY: this session has configured AMX on this thread, and the extents were checked.
+            Kernel::Amx => unsafe { amx::multiply(x, row_tiles, w, steps, block, fresh) },
+            #[allow(unreachable_patterns, reason = "which are left depends on the target")]
+            _ => scalar::multiply(x, rows, w, steps, block, fresh),
+        }
+    }
+}
+
+/// Where the 4 dimensions `quad` of `step` lie for a row of a tile.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+const fn quad_of(row: usize, step: usize, quad: usize) -> usize {
+    step * TILE + row * STEP + 4 * quad
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every kernel against the definition, on numbers as large as there can be.
+    #[test]
+    fn kernels_add_the_same_integers() {
+        let steps = 5;
+        for (low, high) in [(0_u8, 255_u8), (1, 255), (255, 255)] {
+            for kernel in Kernel::ALL {
+                let Some(session) = kernel.begin() else {
+                    continue;
+                };
+                let levels = kernel.levels();
+                let mut state = 9_u64;
+                let mut draw = || {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+                    (state >> 33) as usize
+                };
+                let w: Vec<u8> = (0..2 * steps * TILE)
+                    .map(|_| low + (draw() % (usize::from(high - low) + 1)) as u8)
+                    .collect();
+                let x: Vec<u8> = (0..2 * steps * TILE)
+                    .map(|_| (draw() as i32 % (2 * levels + 1) - levels) as i8 as u8)
+                    .collect();
+                let tiles = |bytes| Tiles {
+                    bytes,
+                    stride: steps * TILE,
+                };
+                for rows in [1, 2, 3, 7, 8, 13, 16, 17, 29, 32] {
+                    let mut block = [7; PANEL * PANEL];
+                    session.multiply(tiles(&x), rows, tiles(&w), steps, &mut block, true);
+                    session.multiply(tiles(&x), rows, tiles(&w), steps - 1, &mut block, false);
+                    for row in 0..rows {
+                        for feature in 0..PANEL {
+                            let term = |dimension: usize| {
+                                let (step, at) = (dimension / STEP, dimension % STEP);
+                                let of_x = (row / 16 * steps + step) * TILE + row % 16 * 64 + at;
+                                let of_w = (feature / 16 * steps + step) * TILE
+                                    + at / 4 * 64
+                                    + feature % 16 * 4
+                                    + at % 4;
+                                i32::from(x[of_x] as i8) * i32::from(w[of_w])
+                            };
+                            let sum = |steps| (0..steps * STEP).map(term).sum::<i32>();
+                            let expected = sum(steps) + sum(steps - 1);
+                            assert_eq!(
+                                block[row * PANEL + feature],
+                                expected,
+                                "{kernel:?} {rows} {row} {feature}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! The scan: 8-bit products panel by panel, each looked at while it is in the cache.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::candidates::{raise_shared, Cut, List, Wanted};
+use super::certificate::RowBound;
+use super::dither::Dither;
+use super::kernel::{Block, Kernel, Tiles};
+use super::layout::{PANEL, TILE};
+use super::rows::{Rounder, Rows};
+use super::scan::{add_passing, PanelBounds};
+use super::spread::Spread;
+use super::weights::Weights;
+use super::Shape;
+use crate::rows::{map_ranges_mut, Matrix};
+use crate::select::Options;
+use crate::simd::Element;
+use crate::{pool, Cancel, Error, Result};
+
+/// Bytes of 8-bit rows that should stay in a core's second-level cache, beside what streams by.
+const CACHED_ROWS: usize = 1_400_000;
+/// Rows of a chunk at most.
+const MOST_ROWS: usize = 512;
+/// Steps between two rounds over the rows of a chunk: 16 KiB of weights stay in the first-level cache.
+const STEPS: usize = 8;
+/// Entries of a thread, beyond those wanted of all rows, at which it looks for a better bound.
+const MANY: usize = 1 << 15;
+
+/// What the scan reads.
+pub(super) struct Search<'a> {
+    pub shape: Shape,
+    pub weights: &'a Weights,
+    pub spread: &'a Spread,
+    pub dither: &'a Dither,
+    pub kernel: Kernel,
+    /// What a pre-activation must exceed, a feature each; infinite for padding.
+    pub floor: &'a [f32],
+    pub cut: Cut<'a>,
+    pub wanted: Wanted<'a>,
+    pub options: Options,
+}
+
+/// What may be codes, row by row.
+#[derive(Default)]
+pub(super) struct Found {
+    pub lists: Vec<List>,
+    pub bounds: Vec<RowBound>,
+}
+
+impl Search<'_> {
+    /// Scans all rows of `x`.
+    pub(super) fn run<E: Element>(&self, x: Matrix<'_, E>, cancel: &Cancel) -> Result<Found> {
+        let row_bytes = (self.shape.steps() + 1) * super::layout::STEP;
+        let chunk = (CACHED_ROWS / row_bytes / PANEL * PANEL).clamp(PANEL, MOST_ROWS);
+        let chunk = chunk.min(x.rows().next_multiple_of(PANEL)).max(PANEL);
+        let mut rows = Rows::new(self.shape, chunk)?;
+        let rounder = Rounder {
+            shape: self.shape,
+            spread: self.spread,
+            dither: self.dither,
+            levels: self.kernel.levels(),
+            simd: self.options.simd,
+            threads: self.options.threads,
+        };
+        let mut found = Found::default();
+        for first in (0..x.rows()).step_by(chunk) {
+            cancel.check()?;
+            let count = chunk.min(x.rows() - first);
+            for (row, bound) in rows.fill(x, first, count, &rounder).into_iter().enumerate() {
+                let bound = match bound {
+                    Some(bound) => bound,
+                    None if self.options.check_finite => {
+                        return Err(Error::NonFinite {
+                            what: "x",
+                            row: first + row,
+                        })
+                    }
+                    None => RowBound::exact(),
+                };
+                found.bounds.push(bound);
+            }
+            let bounds = &found.bounds[first..];
+            let lists = self.chunk(&rows, bounds, cancel)?;
+            found.lists.extend(lists);
+            if let Wanted::AllRows(wanted, shared) = self.wanted {
+                raise_shared(&found.lists, wanted, &self.cut, shared);
+                let bound = f32::from_bits(shared.load(Ordering::Relaxed));
+                for list in &mut found.lists {
+                    list.drop_below(bound);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Scans one chunk of rows: each thread takes some of the panels.
+    fn chunk(&self, rows: &Rows, bounds: &[RowBound], cancel: &Cancel) -> Result<Vec<List>> {
+        let panels = self.shape.blocks() / 2;
+        let work = bounds.len().max(16) * self.shape.d_in * self.shape.d_sae;
+        let tasks = self.options.threads.min(work >> 22).min(panels).max(1);
+        let ranges = (0..tasks).map(|task| panels * task / tasks..panels * (task + 1) / tasks);
+        let parts = pool::map(ranges.collect(), |panels| {
+            self.panels(rows, bounds, panels, cancel)
+        });
+        let mut parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
+        let mut lists = parts.pop().unwrap_or_default();
+        // Joining and cutting a row's lists takes microseconds: as much as this many products.
+        let cost = 1 << 13;
+        map_ranges_mut(&mut lists, 1, cost, self.options.threads, |rows, lists| {
+            let mut scratch = Vec::new();
+            for (row, list) in rows.zip(lists) {
+                parts.iter().for_each(|part| list.append(&part[row]));
+                if let Wanted::EachRow(k) = self.wanted {
+                    list.cut(k, &self.cut, &mut scratch);
+                }
+            }
+        });
+        Ok(lists)
+    }
+
+    /// Scans some panels for all rows of a chunk.
+    fn panels(
+        &self,
+        rows: &Rows,
+        bounds: &[RowBound],
+        panels: Range<usize>,
+        cancel: &Cancel,
+    ) -> Result<Vec<List>> {
+        let Some(session) = self.kernel.begin() else {
+            return Err(Error::InvalidArgument(format!(
+                "this CPU has no {} products; choose another kernel",
+                self.kernel.name()
+            )));
+        };
+        let mut lists = vec![List::default(); bounds.len()];
+        let mut blocks: Vec<Block> = vec![[0; PANEL * PANEL]; bounds.len().div_ceil(PANEL)];
+        let mut scan = Scan {
+            search: self,
+            bounds,
+            scratch: Vec::new(),
+            entries: 0,
+            many: MANY,
+        };
+        let (steps, row_steps) = (self.shape.steps(), rows.steps());
+        let tiles = self.weights.tiles.bytes();
+        for panel in panels {
+            cancel.check()?;
+            let weights = &tiles[panel * 2 * steps * TILE..][..2 * steps * TILE];
+            let further = &self.spread.tiles.bytes()[panel * 2 * TILE..][..2 * TILE];
+            // A block of rows alone keeps its sums in registers.
+            let round = if blocks.len() == 1 { steps } else { STEPS };
+            let starts = (0..steps).step_by(round.max(1));
+            for (start, is_further) in starts.map(|start| (start, false)).chain([(steps, true)]) {
+                let (w, stride, count) = if is_further {
+                    (further, TILE, 1)
+                } else {
+                    let weights = &weights[start * TILE..];
+                    (weights, steps * TILE, round.min(steps - start))
+                };
+                if is_further && self.spread.dimensions.is_empty() {
+                    continue;
+                }
+                for (at, block) in blocks.iter_mut().enumerate() {
+                    let x = &rows.tiles()[(2 * at * row_steps + start) * TILE..];
+                    let x = Tiles {
+                        bytes: x,
+                        stride: row_steps * TILE,
+                    };
+                    let left = (bounds.len() - at * PANEL).min(PANEL);
+                    session.multiply(
+                        x,
+                        left,
+                        Tiles { bytes: w, stride },
+                        count,
+                        block,
+                        start == 0,
+                    );
+                }
+            }
+            scan.panel(panel, &blocks, &mut lists);
+        }
+        Ok(lists)
+    }
+}
+
+/// One thread's part of the scan.
+struct Scan<'a> {
+    search: &'a Search<'a>,
+    bounds: &'a [RowBound],
+    scratch: Vec<f32>,
+    /// In all lists of this thread.
+    entries: usize,
+    many: usize,
+}
+
+impl Scan<'_> {
+    /// Adds to the lists what reaches the rows' bounds.
+    fn panel(&mut self, panel: usize, blocks: &[Block], lists: &mut [List]) {
+        let search = self.search;
+        let (cut, wanted) = (&search.cut, search.wanted);
+        let Some(bounds) = PanelBounds::new(cut.bounds, search.floor, panel) else {
+            return;
+        };
+        let shared = match wanted {
+            Wanted::AllRows(_, shared) => f32::from_bits(shared.load(Ordering::Relaxed)),
+            _ => 0.0,
+        };
+        let rows = blocks.iter().flat_map(|block| block.as_chunks::<PANEL>().0);
+        for ((sums, row), list) in rows.zip(self.bounds).zip(lists.iter_mut()) {
+            if row.is_exact {
+                continue;
+            }
+            let before = list.len();
+            let bound = list.bound.max(shared);
+            add_passing(sums, &bounds, row, bound, list, search.options.simd);
+            match wanted {
+                Wanted::EachRow(k) if list.is_full(k) => list.cut(k, cut, &mut self.scratch),
+                _ => self.entries += list.len() - before,
+            }
+        }
+        if let Wanted::AllRows(wanted, shared) = wanted {
+            if self.entries > self.many.saturating_add(wanted) {
+                self.cut_all(wanted, shared, lists);
+            }
+        }
+    }
+
+    fn cut_all(&mut self, wanted: usize, shared: &AtomicU32, lists: &mut [List]) {
+        raise_shared(lists, wanted, &self.search.cut, shared);
+        let bound = f32::from_bits(shared.load(Ordering::Relaxed));
+        self.entries = 0;
+        for list in lists {
+            list.drop_below(bound);
+            self.entries += list.len();
+        }
+        self.many = MANY + self.entries;
+    }
+}

@@ -1,0 +1,125 @@
+//! The 8-bit copy of the weights.
+
+use super::certificate::{FeatureBounds, FeatureScale, Rounding, LARGEST_NORM, SMALLEST_SCALE};
+use super::dither::Dither;
+use super::layout::{Pages, STEP, TILE, TILE_ROWS};
+use super::quantise::{dither_of_weights, magnitude, round_weights};
+use super::Shape;
+use crate::rows::{map_ranges_mut, Matrix};
+use crate::simd::{Element, Simd};
+use crate::{Cancel, Result};
+
+/// The weights in tiles, and the bounds that go with them.
+#[derive(Debug)]
+pub(super) struct Weights {
+    pub tiles: Pages,
+    pub bounds: FeatureBounds,
+    /// Features whose weights or bias are not finite.
+    bad: Vec<bool>,
+}
+
+/// What to round, and how.
+pub(super) struct Source<'a, E> {
+    pub w: Matrix<'a, E>,
+    pub bias: &'a [E],
+    pub dither: &'a Dither,
+    /// Which features; None for all.
+    pub wanted: Option<&'a [bool]>,
+}
+
+impl Weights {
+    pub(super) fn new(shape: Shape) -> Result<Self> {
+        Ok(Self {
+            tiles: Pages::new(shape.blocks() * shape.steps() * TILE)?,
+            bounds: FeatureBounds::with_len(shape.blocks() * TILE_ROWS),
+            bad: vec![false; shape.d_sae],
+        })
+    }
+
+    /// The first feature whose weights or bias hold a NaN or an infinity.
+    pub(super) fn first_bad(&self) -> Option<usize> {
+        self.bad.iter().position(|bad| *bad)
+    }
+
+    /// Rounds features, in one pass over their weights.
+    pub(super) fn refresh<E: Element>(
+        &mut self,
+        shape: Shape,
+        source: &Source<'_, E>,
+        simd: Simd,
+        threads: usize,
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let block_bytes = shape.steps() * TILE;
+        let tiles = self.tiles.bytes_mut();
+        let parts = map_ranges_mut(tiles, block_bytes, block_bytes, threads, |blocks, tiles| {
+            let mut found = Vec::new();
+            let mut rounded = vec![128_u8; block_bytes];
+            for (block, tiles) in blocks.zip(tiles.chunks_exact_mut(block_bytes)) {
+                cancel.check()?;
+                let first = (block * TILE_ROWS).min(shape.d_sae);
+                let last = (first + TILE_ROWS).min(shape.d_sae);
+                let is_wanted = |feature: usize| source.wanted.is_none_or(|wanted| wanted[feature]);
+                let mut any = false;
+                for feature in (first..last).filter(|feature| is_wanted(*feature)) {
+                    let line = &mut rounded[(feature - first) * shape.steps() * STEP..];
+                    let scale = round_feature(source, feature, &mut line[..shape.d_in], simd);
+                    found.push((feature, scale));
+                    any = true;
+                }
+                for (step, tile) in tiles.chunks_exact_mut(TILE).enumerate().filter(|_| any) {
+                    for feature in (first..last).filter(|feature| is_wanted(*feature)) {
+                        let line = (feature - first) * shape.steps() + step;
+                        scatter(&rounded[line * STEP..][..STEP], feature - first, tile);
+                    }
+                }
+            }
+            Ok(found)
+        });
+        for part in parts.into_iter().collect::<Result<Vec<_>>>()? {
+            for (feature, scale) in part {
+                let bias = source.bias[feature].to_f32();
+                self.bad[feature] = scale.is_none() || !bias.is_finite();
+                let scale = scale.unwrap_or_else(FeatureScale::boundless);
+                self.bounds.set(feature, scale);
+                self.bounds.set_bias(feature, bias, Rounding::of::<E>());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// None where the feature is not finite.
+fn round_feature<E: Element>(
+    source: &Source<'_, E>,
+    feature: usize,
+    line: &mut [u8],
+    simd: Simd,
+) -> Option<FeatureScale> {
+    let w = source.w.row(feature);
+    let found = magnitude(w, simd);
+    if !found.is_finite() || found.norm > LARGEST_NORM {
+        line.fill(128);
+        return found.is_finite().then(FeatureScale::boundless);
+    }
+    // A little more than the largest needs, so that no rounding leaves the range.
+    let scale = (found.largest * (1.0 + 1e-6) / 127.0).max(SMALLEST_SCALE);
+    round_weights(w, 1.0 / scale, &source.dither.of_weights, line, simd);
+    let shift = dither_of_weights(line, &source.dither.of_rows, simd);
+    Some(FeatureScale::new(scale, shift, found.norm, w.len()))
+}
+
+/// Writes one feature's 64 dimensions into a tile.
+#[inline(always)]
+fn scatter(line: &[u8], feature: usize, tile: &mut [u8]) {
+    for (four, line) in line.chunks_exact(4).zip(tile.chunks_exact_mut(STEP)) {
+        line[4 * feature..][..4].copy_from_slice(four);
+    }
+}
+
+/// What the tiles hold for a feature and a dimension.
+#[inline]
+pub(super) fn weight_at(tiles: &[u8], steps: usize, feature: usize, dimension: usize) -> u8 {
+    let tile = feature / TILE_ROWS * steps + dimension / STEP;
+    tiles[tile * TILE + dimension % STEP / 4 * STEP + feature % TILE_ROWS * 4 + dimension % 4]
+}
