@@ -97,8 +97,8 @@ impl List {
             self.scores[kept] = score;
             self.margins2[kept] = margin2;
             let short = (bound - score).max(0.0);
-            // Written so that an overflow of both sides keeps the entry.
-            kept += usize::from(!(short * short > margin2));
+            // An overflow of both sides keeps the entry.
+            kept += usize::from(short * short <= margin2);
         }
         self.features.truncate(kept);
         self.scores.truncate(kept);

@@ -91,8 +91,8 @@ impl<E: Element> Chooser<'_, E> {
             let slack = self.bounds.slack[feature] / 2.0;
             let exact = *product + f64::from(self.encoder.bias[feature].to_f32());
             let off = (exact - f64::from(list.scores[at] - slack)).abs() - f64::from(slack);
-            // Written so that NaN counts.
-            outside += u64::from(!(off.max(0.0).powi(2) <= f64::from(list.margins2[at])));
+            let margin2 = f64::from(list.margins2[at]);
+            outside += u64::from(off.is_nan() || (off > 0.0 && off * off > margin2));
         }
         outside
     }

@@ -10,9 +10,9 @@ use crate::simd::{Element, Level, Simd};
 pub(super) const BLOCK: usize = 256;
 const LANES: usize = 16;
 /// Rows at once, at most: a feature's numbers are converted once for them.
-pub(super) const GROUP: usize = 4;
+pub(super) const GROUP: usize = 8;
 
-/// The products of one feature's block with the same block of one to four rows.
+/// The products of one feature's block with the same block of one to eight rows.
 #[inline]
 pub(super) fn dots<E: Element>(
     w: &[E],
@@ -26,14 +26,14 @@ pub(super) fn dots<E: Element>(
         // SAFETY: a Simd of this level is only made after AVX-512F was detected.
         Level::Avx512 => unsafe {
             match count {
-                4 => output = x86::avx512(w, rows),
-                3 => {
-                    let [a, b] = x86::avx512(w, [rows[0], rows[1]]);
-                    let [c] = x86::avx512(w, [rows[2]]);
-                    output[..3].copy_from_slice(&[a, b, c]);
-                }
-                2 => output[..2].copy_from_slice(&x86::avx512(w, [rows[0], rows[1]])),
-                _ => output[..1].copy_from_slice(&x86::avx512(w, [rows[0]])),
+                0 | 1 => x86::avx512::<E, 1>(w, &rows, &mut output),
+                2 => x86::avx512::<E, 2>(w, &rows, &mut output),
+                3 => x86::avx512::<E, 3>(w, &rows, &mut output),
+                4 => x86::avx512::<E, 4>(w, &rows, &mut output),
+                5 => x86::avx512::<E, 5>(w, &rows, &mut output),
+                6 => x86::avx512::<E, 6>(w, &rows, &mut output),
+                7 => x86::avx512::<E, 7>(w, &rows, &mut output),
+                _ => x86::avx512::<E, 8>(w, &rows, &mut output),
             }
         },
         #[cfg(target_arch = "x86_64")]
@@ -90,12 +90,17 @@ mod x86 {
         _mm512_storeu_pd, _mm_add_pd, _mm_add_sd, _mm_cvtsd_f64, _mm_unpackhi_pd,
     };
 
-    use super::{add_rest, reduce, LANES};
+    use super::{add_rest, reduce, GROUP, LANES};
     use crate::simd::Element;
 
     #[inline]
     #[target_feature(enable = "avx512f")]
-    pub(super) fn avx512<E: Element, const R: usize>(w: &[E], rows: [&[f32]; R]) -> [f64; R] {
+    pub(super) fn avx512<E: Element, const R: usize>(
+        w: &[E],
+        rows: &[&[f32]; GROUP],
+        output: &mut [f64; GROUP],
+    ) {
+        let rows = &rows[..R];
         let len = rows.iter().fold(w.len(), |len, row| len.min(row.len()));
         let whole = len - len % LANES;
         let mut sums = [[_mm512_setzero_pd(); 2]; R];
@@ -113,7 +118,6 @@ mod x86 {
                 }
             }
         }
-        let mut output = [0.0; R];
         for ((output, sums), row) in output.iter_mut().zip(sums).zip(rows) {
             if whole == len {
                 *output = halves(_mm512_add_pd(sums[0], sums[1]));
@@ -128,7 +132,6 @@ mod x86 {
             add_rest(&mut lanes, &w[..len], &row[..len], whole);
             *output = reduce(lanes);
         }
-        output
     }
 
     /// Adds 8 lanes as `reduce` does.
@@ -199,7 +202,7 @@ mod tests {
             let x: Vec<f32> = values.iter().map(|value| value.1).collect();
             let halves: Vec<bf16> = w.iter().map(|value| bf16::from_f32(*value)).collect();
             let shifted: Vec<f32> = x.iter().map(|value| value * 3.0).collect();
-            let rows: [&[f32]; GROUP] = [&x, &shifted, &x, &shifted];
+            let rows: [&[f32]; GROUP] = std::array::from_fn(|at| if at % 2 == 0 { &x[..] } else { &shifted });
             for simd in Level::ALL.into_iter().filter_map(Simd::new) {
                 let found = dots(&w, rows, count, simd);
                 let found_halves = dots(&halves, rows, count, simd);

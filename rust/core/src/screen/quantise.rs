@@ -166,7 +166,7 @@ twins! {
 
 #[inline(always)]
 fn dither_of_row_body(rounded: &[i8], dither: &[f32]) -> f32 {
-    sum_products(rounded, dither, |rounded| f32::from(rounded))
+    sum_products(rounded, dither, f32::from)
 }
 
 twins! {

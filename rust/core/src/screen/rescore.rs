@@ -187,7 +187,7 @@ mod tests {
         let w = Matrix::new(&w, d_sae, width).unwrap();
         let (mut features, mut ends) = (Vec::new(), Vec::new());
         for row in 0..rows {
-            features.extend((0..d_sae as u32).filter(|feature| (row + *feature as usize) % 3 == 0));
+            features.extend((row as u32 % 3..d_sae as u32).step_by(3));
             ends.push(features.len());
         }
         let numbers: Vec<usize> = (0..rows).collect();
