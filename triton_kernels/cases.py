@@ -176,6 +176,7 @@ def _fp8_cases() -> Iterator[Case]:
 
 
 def _encode_cases() -> Iterator[Case]:
+    from r1sae_fast.triton_kernels.encode_append import encode_append
     from r1sae_fast.triton_kernels.encode_topk import encode_topk
 
     cores = {"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCMMA",), "gfx942": ("MFMA",)}
@@ -193,6 +194,9 @@ def _encode_cases() -> Iterator[Case]:
                 yield Case(
                     "encode_topk", f"{short}, {layout}, k {k}", call, wants, "encode_gemm_kernel"
                 )
+        if dtype != torch.float32:
+            appended = partial(encode_append, x, layouts["by feature"], bias, K)
+            yield Case("encode_append", short, appended, cores, "append_kernel")
         ragged = meta(28001, 7001, dtype=dtype).T
         uneven = meta(1000, 7001, dtype=dtype)
         call = partial(encode_topk, uneven, ragged, meta(28001, dtype=dtype), 63)

@@ -225,6 +225,24 @@ _TABLE: dict[str, dict[str, Config]] = {
         "gfx942": Config({"BLOCK_D": 2048}, num_warps=4, reason="the same with 64 threads a wave"),
         INTERPRETER: Config({"BLOCK_D": 32}),
     },
+    "encode_append": {
+        "default": Config(
+            {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64},
+            num_warps=8,
+            num_stages=3,
+            reason="32 sums a thread: the 8-byte keys and places made of them take the rest",
+        ),
+        "sm_80": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 3, "the same, 16 sums a thread"
+        ),
+        "gfx942": Config(
+            {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 2, "the same within 64 KB of LDS"
+        ),
+        INTERPRETER: Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32}),
+    },
+    "select_listed": {
+        "default": Config({}, num_warps=8, reason="at most 4,096 keys of 8 bytes"),
+    },
 }
 _loaded: dict[str, dict[str, Config]] = {}
 

@@ -113,7 +113,7 @@ def lines() -> Iterator[str]:
     yield "# Floors on GPUs: computed, not measured"
     yield ""
     yield f"d_in {D_IN}, d_sae {D_SAE}, k {K}; milliseconds a call. Rates: 80 % of the vendors'"
-    yield "dense peaks, 90 % of their bandwidth. `python benches/triton_kernels/roofline.py` prints this."
+    yield "dense peaks, 90 % of their bandwidth. From `benches/triton_kernels/roofline.py`."
     yield ""
     yield "| GPU | rows | torch bf16 | sparsify bf16 | ours bf16 | torch fp32 | ours fp32 exact | sparsify step | ours step |"  # noqa: E501  # a table
     yield "|---|---|---|---|---|---|---|---|---|"

@@ -5,6 +5,7 @@ CPU for float32 and bfloat16, a gradient, and is a ``torch.library`` custom oper
 (``torch.ops.r1sae_fast.*``), so that ``torch.compile`` and ``torch.export`` see it whole.
 """
 
+from r1sae_fast.ops import _cuda as _cuda
 from r1sae_fast.ops._simd import set_simd, simd_info
 from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
 from r1sae_fast.ops.code_values import with_gradient
