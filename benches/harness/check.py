@@ -100,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = [run_benches(chosen.targets, chosen.seconds) for _ in range(chosen.runs)]
     path = chosen.baselines / f"{runs[0]['machine']['class']}.json"
     write_baseline(path, runs)
-    print(f"wrote {path}: {len(runs[0]['results'])} contests, medians of {len(runs)} runs")
+    compared = len(read_baseline(path))
+    print(f"wrote {path}: {compared} contests, medians of {len(runs)} runs")
     return 0
 
 
