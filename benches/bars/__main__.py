@@ -29,7 +29,7 @@ SECTIONS: dict[str, Run] = {
     "small-f32": lambda s, a: forward.small_batches(torch.float32, s, 3 * a.rounds),
     "small-bf16": lambda s, a: forward.small_batches(torch.bfloat16, s, 3 * a.rounds),
     "P3-256": lambda s, a: step.steps(s, 256, a.rounds),
-    "P3-2048": lambda s, a: step.steps(s, 2048, max(2, a.rounds // 2)),
+    "P3-2048": lambda s, a: step.steps(s, 2048, max(2, a.rounds // 2), whole=False),
     "P3-memory": lambda s, a: step.memory(s, 256),
     "P3-memory-2048": lambda s, a: step.memory(s, 2048),
     "P4": lambda s, a: select.select(s, 3 * a.rounds),

@@ -63,6 +63,9 @@ class Peer(ABC):
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         return loss.detach()
 
+    def after_step(self) -> None:  # noqa: B027  # most have nothing to do
+        """What the library's trainer does to the weights after each step of the optimizer."""
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """What :meth:`step` gives gradients to."""
         return self.module.parameters()

@@ -52,5 +52,8 @@ class Sparsify(Peer):
         fvu: Tensor = self.module(x).fvu
         return fvu
 
+    def after_step(self) -> None:
+        self.module.set_decoder_norm_to_unit_norm()
+
 
 build = Sparsify
