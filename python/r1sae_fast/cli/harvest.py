@@ -1,5 +1,6 @@
 """``r1sae harvest``: run the model, keep its residual stream as activation shards."""
 
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
     from r1sae_fast.harvest import HarvestProgress
     from r1sae_fast.prompts import Item
+    from r1sae_fast.r1.engines.base import Engine
     from r1sae_fast.sae import FastSAE
     from r1sae_fast.sae import Mode as SaeMode
 
@@ -43,6 +45,7 @@ class Engines(str, Enum):
 
     local = "local"
     hf = "hf"
+    stream = "stream"
 
 
 def harvest(
@@ -62,7 +65,9 @@ def harvest(
         Engines,
         typer.Option(
             help="local: DeepSeek-V3, R1, TinyR1. hf: any decoder that transformers loads, such "
-            "as R1's distillations (needs the extra r1sae-fast\\[hf])."
+            "as R1's distillations (needs the extra r1sae-fast\\[hf]). stream: as local, for "
+            "models that don't fit in memory: many texts go through a block together, read from "
+            "the disk once (mode prefill)."
         ),
     ] = Engines.local,
     prompts: Annotated[
@@ -93,6 +98,23 @@ def harvest(
     ] = Computed.bfloat16,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     rows_per_shard: Annotated[int, typer.Option(min=1, help="About, a shard.")] = 16384,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="With --engine stream: the process's memory, such as 24GiB."),
+    ] = None,
+    pass_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --engine stream: tokens for which the weights are read once (2^20)."
+        ),
+    ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --engine stream: folder for the hidden states between blocks; default "
+            ".stream in the folder of the shards."
+        ),
+    ] = None,
     sae: Annotated[
         Path | None,
         typer.Option(help="Folder of an SAE: write its codes instead of the residual stream."),
@@ -123,17 +145,38 @@ def harvest(
     from r1sae_fast.prompts import read_prompts
     from r1sae_fast.r1 import HfEngine, LocalEngine
 
+    if engine is not Engines.stream and (max_memory or pass_tokens or scratch):
+        raise ValueError("--max-memory, --pass-tokens and --scratch are of --engine stream")
     source: Iterable[Item] = _problems(tiny_problems or 0, seed)
     if prompts is not None:
         source = read_prompts(prompts)
     attached, limit = _attached(sae, device, sae_mode, skip_outliers)
-    model_engine = (HfEngine if engine is Engines.hf else LocalEngine).from_pretrained(
-        model,
-        dtype=getattr(torch, engine_dtype.value),
-        device=device,
-        last_layer=layer if mode is Mode.prefill else None,
-    )
-    with _Bar(tokens, tiny_problems) as bar:
+    with ExitStack() as stack:
+        bar = _Bar(tokens, tiny_problems)
+        model_engine: Engine
+        if engine is Engines.stream:
+            from r1sae_fast.cli.stream_options import open_stream_engine
+
+            model_engine = stack.enter_context(
+                open_stream_engine(
+                    model,
+                    dtype=getattr(torch, engine_dtype.value),
+                    device=device,
+                    max_memory=max_memory,
+                    pass_tokens=pass_tokens,
+                    scratch=scratch or out / ".stream",
+                    rows_per_shard=rows_per_shard,
+                    note=bar.note,
+                )
+            )
+        else:
+            model_engine = (HfEngine if engine is Engines.hf else LocalEngine).from_pretrained(
+                model,
+                dtype=getattr(torch, engine_dtype.value),
+                device=device,
+                last_layer=layer if mode is Mode.prefill else None,
+            )
+        stack.enter_context(bar)
         result = run(
             model_engine,
             source,
@@ -217,6 +260,10 @@ class _Bar:
             state=f"{now.rows:,} tokens  {now.sequences:,} sequences  "
             f"{now.rows_per_second:,.0f} tokens/s",
         )
+
+    def note(self, text: str) -> None:
+        """What is under way where nothing is written for long."""
+        self._progress.update(self._task, state=text)
 
 
 def register(app: typer.Typer) -> None:

@@ -160,8 +160,12 @@ def harvest(
                     batch_size=batch_size,
                     rows=left,
                 )
-                if len(taken) <= skip:
+                if not taken or len(taken) == skip:
                     break
+                if len(taken) < skip:  # passes were larger before the run was stopped
+                    skip -= len(taken)
+                    done.skip_pass(taken)
+                    continue
                 for place in run.chunks(taken, batch_size, skip):
                     at_end = place == len(taken)
                     if at_end:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,11 @@ class Done:
             self.digest.update(item_bytes(sequence.item))
             self.sequences += 1
             self.rows += len(sequence.tokens)
+
+    def skip_pass(self, sequences: Sequence[HarvestSequence]) -> None:
+        """Says that a whole pass is of what an earlier run has done."""
+        self.pass_start += len(sequences)
+        self.pass_rows += sum(len(sequence.tokens) for sequence in sequences)
 
     def end_pass(self) -> None:
         """Says that the next sequences begin a pass."""

@@ -184,3 +184,9 @@ class MoE(nn.Module):
         experts, weights = self.gate(flat)
         routed = self.experts(flat, experts, weights)
         return routed.view_as(x) + self.shared_experts(x)  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+
+def runs_every_expert(tokens: int, experts: int, k: int) -> bool:
+    """Whether :meth:`Experts.forward` takes the way for few tokens and few experts, which needs
+    all of a block's experts at once and rounds otherwise than the other."""
+    return tokens <= _FEW_TOKENS and experts <= _FEW_EXPERTS * k
