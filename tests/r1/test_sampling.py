@@ -56,6 +56,46 @@ def test_nucleus_is_the_textbook(
     assert int(found) in nearby
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    flatness=st.sampled_from([0.2, 1.0, 8.0]),
+    top_p=st.sampled_from([0.3, 0.9, 0.999, 1.0]),
+    draw=st.floats(0, 1, exclude_max=True),
+)
+def test_a_large_vocabulary_is_searched_in_part(
+    seed: int, flatness: float, top_p: float, draw: float
+) -> None:
+    """Many ties, some at the edge of the part that is looked at first."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-30, 4, (3, 700), generator=generator) / flatness
+    draws = torch.full((3,), draw, dtype=torch.float64)
+    weights, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = weights.cumsum(-1)
+    count = (cumulative - weights < top_p).sum(-1, keepdim=True)
+    place = torch.searchsorted(
+        cumulative, draws[:, None] * cumulative.gather(-1, count - 1), right=True
+    )
+    expected = order.gather(-1, torch.minimum(place, count - 1))[:, 0]
+    assert torch.equal(nucleus(logits, 1.0, top_p, draws), expected)
+    assert torch.equal(nucleus(logits[:1], 1.0, top_p, draws[:1]), expected[:1])
+
+
+def test_streams_are_those_of_single_draws() -> None:
+    """Numbers are drawn ahead, and kept when sequences leave."""
+    sampler = Sampler(Sampling(seed=5, top_p=1.0), [7, 8])
+    logits = torch.zeros(2, 1000)
+    streams = [np.random.Generator(np.random.Philox(key=[5, number])) for number in (7, 8)]
+    for step in range(150):
+        expected = [int(stream.random() * 1000) for stream in streams]
+        if step == 30:
+            sampler.keep([1])
+        if step >= 30:
+            expected = expected[1:]
+        drawn = sampler(logits[: len(expected)])
+        assert (drawn - torch.tensor(expected)).abs().max() <= 1  # 1000 times 0.001 is not quite 1
+
+
 def test_frequencies() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.06, 0.04])
     logits = probabilities.log().expand(4000, 5)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Linear
 from r1sae_fast.r1.norm import RMSNorm
-from r1sae_fast.r1.rope import attention_scale, rotate
+from r1sae_fast.r1.rope import attention_scale, rotate, rotate_
 
 
 class LatentAttention(nn.Module):
@@ -49,13 +49,17 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(heads * config.v_head_dim, width, **where)
         self.scale = attention_scale(config)
 
-    def _queries(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """Each [batch, seq, heads, part]: the part without position, and the rotary one."""
+    def _queries(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """[batch, seq, heads, qk_head_dim]: the part without position, then the rotary one."""
         config = self.config
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        return q_nope, rotate(q_rope, rotary[:, :, None])
+        if torch.is_grad_enabled():
+            query = torch.cat((q_nope, rotate(q_rope, rotary[:, :, None])), -1)
+        else:
+            rotate_(q_rope, rotary[:, :, None])
+        return query  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
     def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """What the tokens are attended by: normalised latent [batch, seq, kv_lora_rank] and
@@ -87,22 +91,31 @@ class LatentAttention(nn.Module):
         batch, seq, _ = x.shape
         heads = config.num_attention_heads
         x = self.q_a_proj.prepare(x)
-        q_nope, q_rope = self._queries(x, rotary)
+        query = self._queries(x, rotary).transpose(1, 2)
         latent, k_rope = self._latents(x, rotary)
         if cache is not None:
-            cache[:, :seq] = torch.cat((latent, k_rope), -1)
+            cache[:, :seq, : config.kv_lora_rank] = latent
+            cache[:, :seq, config.kv_lora_rank :] = k_rope
         expanded = self.kv_b_proj(latent)
         expanded = expanded.view(batch, seq, heads, config.qk_nope_head_dim + config.v_head_dim)
-        k_nope, value = expanded.split([config.qk_nope_head_dim, config.v_head_dim], -1)
-        key = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), -1)
-        key, value = key.transpose(1, 2), value.transpose(1, 2)
-        query = torch.cat((q_nope, q_rope), -1).transpose(1, 2)
-        # torch's fused kernels want values as wide as the keys; zeros cost less than the
-        # unfused path, which also needs memory for every pair of tokens.
-        widened = F.pad(value, (0, max(config.qk_head_dim - config.v_head_dim, 0)))
+        k_nope = expanded[..., : config.qk_nope_head_dim]
+        key = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)), -1).transpose(1, 2)
+        # torch's fused kernels want values as wide as the keys, and the unfused path needs memory
+        # for every pair of tokens. So some of the numbers that lie in front of the values are
+        # mixed as well and thrown away, which costs less than a copy with zeros.
+        wide = max(config.qk_head_dim, config.v_head_dim)
+        if wide <= expanded.shape[-1]:
+            value = expanded[..., -wide:]
+        else:
+            value = F.pad(expanded, (wide - expanded.shape[-1], 0))
         mixed = F.scaled_dot_product_attention(
-            query, key, widened, attn_mask=bias, is_causal=bias is None, scale=self.scale
-        )[..., : config.v_head_dim]
+            query,
+            key,
+            value.transpose(1, 2),
+            attn_mask=bias,
+            is_causal=bias is None,
+            scale=self.scale,
+        )[..., -config.v_head_dim :]
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
     def step(
@@ -126,20 +139,24 @@ class LatentAttention(nn.Module):
         batch, new, _ = x.shape
         heads, rank = config.num_attention_heads, config.kv_lora_rank
         x = self.q_a_proj.prepare(x)
-        q_nope, q_rope = self._queries(x, rotary)
+        query = self._queries(x, rotary)
+        parts = [config.qk_nope_head_dim, config.qk_rope_head_dim]
+        q_nope, q_rope = torch.split(query, parts, -1)
         cache[slots] = torch.cat(self._latents(x, rotary), -1)
         seen = cache[:, : bias.shape[-1]]
 
         up = self.kv_b_proj.weight.view(heads, -1, rank)
         key_up, value_up = up[:, : config.qk_nope_head_dim], up[:, config.qk_nope_head_dim :]
         # q . (W_k c) = (W_k^T q) . c, a product a head; likewise W_v after the mixing.
-        absorbed = q_nope.reshape(batch * new, heads, -1).transpose(0, 1) @ key_up
+        absorbed = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), key_up)
         absorbed = absorbed.transpose(0, 1).reshape(batch, new, heads, rank)
         query = torch.cat((absorbed, q_rope), -1).view(batch, new * heads, -1)
         # To the cache, all heads of all new tokens are queries on one and the same key.
-        bias = bias.expand(-1, -1, heads, -1).reshape(batch, 1, new * heads, -1)
+        if new > 1:
+            bias = bias.expand(-1, -1, heads, -1).reshape(batch, 1, new * heads, -1)
         mixed = F.scaled_dot_product_attention(
             query[:, None], seen[:, None], seen[:, None], attn_mask=bias, scale=self.scale
         )[..., :rank]
-        mixed = mixed.reshape(batch * new, heads, rank).transpose(0, 1) @ value_up.transpose(1, 2)
+        mixed = mixed.reshape(batch * new, heads, rank).transpose(0, 1)
+        mixed = torch.bmm(mixed, value_up.transpose(1, 2))
         return self.o_proj(mixed.transpose(0, 1).reshape(batch, new, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped

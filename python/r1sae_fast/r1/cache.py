@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.r1.config import R1Config
+from r1sae_fast.r1.rope import rotary_table
 
 _GROWTH = 128
+# Steps look at a multiple of so many slots: on CPUs, torch compiles its bf16 products anew for
+# every length.
+_WINDOW = 64
 
 
 class LatentCache:
@@ -20,6 +24,8 @@ class LatentCache:
     Attributes:
         rows: [layers, batch, capacity, kv_lora_rank + qk_rope_head_dim].
         lengths: int64 [batch], the filled slots of each sequence, equal in all layers.
+        longest: the largest of them, kept here so that a step need not ask the device.
+        rotary: of the positions of at least ``capacity`` slots, see :func:`rotary_table`.
     """
 
     def __init__(
@@ -35,20 +41,42 @@ class LatentCache:
         batch = lengths.shape[0]
         self.rows = torch.zeros(layers, batch, capacity, width, dtype=dtype, device=lengths.device)
         self.lengths = lengths.clone()
+        self.longest = int(lengths.max()) if batch else 0
+        self._config = config
+        self.rotary = self._rotary()
 
     @property
     def capacity(self) -> int:
         """Slots of each sequence."""
         return self.rows.shape[2]
 
+    def _rotary(self) -> Tensor:
+        return rotary_table(self._config, torch.arange(self.capacity, device=self.rows.device))
+
+    @property
+    def window(self) -> int:
+        """Slots that a step looks at: at least those of the longest sequence."""
+        return min(-(-self.longest // _WINDOW) * _WINDOW, self.capacity)
+
     def reserve(self, capacity: int) -> None:
         """Makes room for ``capacity`` slots a sequence."""
         if capacity > self.capacity:
             more = max(capacity - self.capacity, self.capacity // 2, _GROWTH)
             self.rows = torch.nn.functional.pad(self.rows, (0, 0, 0, more))
+            if self.rotary.shape[0] < self.capacity:
+                self.rotary = self._rotary()
+
+    def grow(self, new: int) -> Tensor:
+        """Counts ``new`` more tokens of each sequence, for which there is room then: their slots,
+        int64 [batch, new]."""
+        self.longest += new
+        self.reserve(self.longest)
+        slots = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
+        self.lengths = self.lengths + new
+        return slots
 
     def keep(self, sequences: Tensor) -> None:
         """Drops all sequences but these (int64 positions in the batch)."""
         self.lengths = self.lengths[sequences]
-        longest = int(self.lengths.max()) + 1 if len(sequences) else 0
-        self.rows = self.rows[:, :, :longest].index_select(1, sequences)
+        self.longest = int(self.lengths.max()) if len(sequences) else 0
+        self.rows = self.rows[:, :, : self.longest + _WINDOW].index_select(1, sequences)

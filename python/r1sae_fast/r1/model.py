@@ -178,17 +178,14 @@ class R1Model(nn.Module):
         """Residual stream after the last block [batch, new, hidden] for new tokens
         [batch, new] that continue the cached sequences; the cache grows by them."""
         batch, new = tokens.shape
-        positions = cache.lengths[:, None] + torch.arange(new, device=tokens.device)
-        length = int(positions.max()) + 1
-        cache.reserve(length)
+        positions = cache.grow(new)
         slots = (torch.arange(batch, device=tokens.device)[:, None].expand(-1, new), positions)
-        hidden = torch.arange(length, device=tokens.device) > positions[..., None]
+        hidden = torch.arange(cache.window, device=tokens.device) > positions[..., None]
         bias = torch.zeros(hidden.shape, dtype=self.dtype, device=tokens.device)
         bias = bias.masked_fill_(hidden, -torch.inf)[:, :, None]
         x = self.embed_tokens(tokens).to(self.dtype)
-        rotary = rotary_table(self.config, positions)
+        rotary = cache.rotary[positions]
         for index, block in enumerate(self.layers):
             tap = None if taps is None else taps.at(index)
             x = block.step(x, rotary, cache.rows[index], slots, bias, tap)  # type: ignore[operator]  # a Block
-        cache.lengths = cache.lengths + new
         return x  # type: ignore[no-any-return]  # nn.Module calls are untyped

@@ -19,6 +19,12 @@ _FEW_TOKENS = 64
 _FEW_EXPERTS = 4  # times the experts of a token
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    activated = F.silu(gate)
+    return activated * up if torch.is_grad_enabled() else activated.mul_(up)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -37,7 +43,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., width]."""
         x = self.gate_proj.prepare(x)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
 class Router(nn.Module):
@@ -151,16 +157,17 @@ class Experts(nn.Module):
             if slots.shape[0]:
                 rows = slots // k
                 gate_up, down = self.expert(index, x.dtype)
-                gate, up = F.linear(given[rows], gate_up).chunk(2, -1)
-                output = F.linear(self.quantize(F.silu(gate) * up), down)
+                gate, up = F.linear(given.index_select(0, rows), gate_up).chunk(2, -1)
+                output = F.linear(self.quantize(gated(gate, up)), down)
                 # A token has an expert once, so no row is added to twice: deterministic.
-                total.index_add_(0, rows, output * scales[slots, None])
+                total.index_add_(0, rows, output * scales.index_select(0, slots)[:, None])
 
     def _every_expert(self, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         """[experts, tokens, hidden]: more arithmetic, but two products instead of two an expert."""
-        every = self.quantize(x).expand(gate_up.shape[0], -1, -1)
-        gate, up = (every @ gate_up.transpose(1, 2)).chunk(2, -1)
-        return self.quantize(F.silu(gate) * up) @ down.transpose(1, 2)
+        together = F.linear(self.quantize(x), gate_up.flatten(0, 1))
+        gate, up = together.view(x.shape[0], gate_up.shape[0], -1).chunk(2, -1)
+        hidden = self.quantize(gated(gate, up))
+        return torch.bmm(hidden.transpose(0, 1), down.transpose(1, 2))
 
 
 class MoE(nn.Module):

@@ -22,6 +22,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``x`` [..., width]; computed in float32, returned in x's dtype."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        # One pass over x in its own dtype, where a mean of squares takes a copy and two passes.
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)
+        normalised = (x * scale).to(x.dtype)
+        if torch.is_grad_enabled():
+            return self.weight * normalised
+        return normalised.mul_(self.weight)

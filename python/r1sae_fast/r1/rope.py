@@ -81,3 +81,12 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     else:  # the same as a complex product, several times faster
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return turned.flatten(-2).to(x.dtype)
+
+
+def rotate_(x: Tensor, table: Tensor) -> Tensor:
+    """:func:`rotate` into ``x`` itself, which may be a slice of a wider tensor; for inference."""
+    if x.dtype == torch.float32:
+        pairs = x.view(*x.shape[:-1], -1, 2)
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(table))
+        return x
+    return x.copy_(rotate(x, table))
