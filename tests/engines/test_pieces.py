@@ -55,7 +55,7 @@ def test_pieces_add_up(name: str, data: st.DataObject) -> None:
             lambda c: [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in c.encode()]
         )
         token = st.integers(0, 6).map(lambda number: [number]) | characters
-    tokens = sum(data.draw(st.lists(token, max_size=30)), [])
+    tokens = [number for part in data.draw(st.lists(token, max_size=30)) for number in part]
     stopped = data.draw(st.booleans())
 
     def decode(ids: list[int]) -> str:
