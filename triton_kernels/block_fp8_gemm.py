@@ -138,8 +138,9 @@ def grouped_block_fp8_gemm_kernel(
     experts,
     n,
     k,
-    n_blocks,
     k_blocks,
+    weight_stride,
+    scale_stride,
     HAS_SLOTS: tl.constexpr,
     HALF: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -172,13 +173,12 @@ def grouped_block_fp8_gemm_kernel(
         n_tile = tl.program_id(0)
         features = (n_tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         in_features = features < n
-        own_scales = expert * n_blocks + n_tile * BLOCK_N // BLOCK_K
         wide = expert.to(tl.int64)
         total = _product(
             a,
             a_scales,
-            weight + wide * n * k,
-            weight_scales + own_scales * k_blocks,
+            weight + wide * weight_stride,
+            weight_scales + wide * scale_stride + (n_tile * BLOCK_N // BLOCK_K) * k_blocks,
             rows,
             in_rows,
             features,
@@ -214,6 +214,7 @@ def block_fp8_gemm(
         weight_scales: float32 ``[ceil(n / 128), ceil(k / 128)]``.
         dtype: of the result ``[tokens, n]``.
     """
+    a, weight = a.contiguous(), weight.contiguous()
     tokens, k = a.shape
     n = weight.shape[0]
     output = a_scales.new_empty(tokens, n, dtype=dtype)
@@ -255,8 +256,8 @@ def grouped_block_fp8_gemm(
     Args:
         a: float8_e4m3fn ``[tokens, k]``.
         a_scales: float32 ``[tokens, ceil(k / 128)]``.
-        weight: float8_e4m3fn ``[experts, n, k]``.
-        weight_scales: float32 ``[experts, ceil(n / 128), ceil(k / 128)]``.
+        weight: float8_e4m3fn ``[experts, n, k]``; each expert's contiguous, they may lie apart.
+        weight_scales: float32 ``[experts, ceil(n / 128), ceil(k / 128)]``, likewise.
         offsets: int64 ``[experts + 1]``: rows ``offsets[e]`` to ``offsets[e + 1]`` of the output
             are expert e's; groups may be empty.
         slots: int64 ``[rows of the output]``, the row of ``a`` for each; default, the same row.
@@ -266,8 +267,10 @@ def grouped_block_fp8_gemm(
         ``[len(slots) or tokens, n]``. Nothing waits for the GPU: the grid has room for the most
         tiles that the groups can need, and what is left over ends at once.
     """
+    a = a.contiguous()
     k = a.shape[1]
     experts, n, _ = weight.shape
+    weight, weight_scales = _each_contiguous(weight), _each_contiguous(weight_scales)
     rows = a.shape[0] if slots is None else slots.shape[0]
     output = a_scales.new_empty(rows, n, dtype=dtype)
     settings = _settings(-(-rows // max(experts, 1)), a.device)
@@ -288,8 +291,9 @@ def grouped_block_fp8_gemm(
         experts,
         n,
         k,
-        weight_scales.shape[1],
         weight_scales.shape[2],
+        weight.stride(0),
+        weight_scales.stride(0),
         HAS_SLOTS=slots is not None,
         HALF=half,
         EXPERTS=triton.next_power_of_2(experts),
@@ -303,8 +307,14 @@ def _settings(rows: int, device: torch.device) -> Config:
     return config("block_fp8_gemm" if rows > 64 else "block_fp8_gemm, few rows", device)
 
 
+def _each_contiguous(tensor: Tensor) -> Tensor:
+    """Copied only where one expert's own part is not contiguous."""
+    _, rows, columns = tensor.stride()
+    own = columns == 1 and (rows == tensor.shape[2] or tensor.shape[1] == 1)
+    return tensor if own else tensor.contiguous()
+
+
 def _bytes(tensor: Tensor, half: bool) -> Tensor:
-    tensor = tensor.contiguous()
     return tensor.view(torch.uint8) if half else tensor
 
 

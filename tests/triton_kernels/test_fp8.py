@@ -12,6 +12,7 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 
 from r1sae_fast.r1.fp8 import dequantize_blocks, quantize_blocks
+from r1sae_fast.r1.fp8_linear import ReferenceKernels, fp8_kernels
 from r1sae_fast.triton_kernels import block_fp8_gemm as gemm
 from r1sae_fast.triton_kernels.act_quant import act_quant, act_quant_traffic
 from r1sae_fast.triton_kernels.block_fp8_gemm import (
@@ -20,6 +21,7 @@ from r1sae_fast.triton_kernels.block_fp8_gemm import (
     grouped_block_fp8_gemm,
 )
 from r1sae_fast.triton_kernels.e4m3 import e4m3_to_float16, e4m3_to_float32, float32_to_e4m3
+from r1sae_fast.triton_kernels.fp8_kernels import TritonFp8Kernels
 
 QUICK = settings(
     max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -184,6 +186,38 @@ def test_groups(counts: list[int], with_slots: bool, device: torch.device) -> No
         own = places[first:last]
         exact = truth(a[own], a_scales[own], weight[expert].view(FP8), scales[expert])
         assert within(found[first:last], *exact, k)
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 32)])
+def test_the_engines_kernels_are_the_formulas(
+    block_size: tuple[int, int], device: torch.device
+) -> None:
+    """What R1's layers call, against the plain torch formulas, experts that lie apart included."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 200, generator=generator).to(device)
+    weight, scale_inv = quantize_blocks(torch.randn(192, 200, generator=generator), block_size)
+    weight, scale_inv = weight.to(device), scale_inv.to(device)
+    ours, formulas = TritonFp8Kernels(), ReferenceKernels()
+    values, scales = ours.quantize_activations(x, block_size[1])
+    expected = formulas.quantize_activations(x, block_size[1])
+    assert torch.equal(values.float(), expected[0].float())
+    assert torch.equal(scales, expected[1])
+    given = (values, scales, weight, scale_inv, block_size, torch.float32)
+    torch.testing.assert_close(ours.linear(*given), formulas.linear(*given), rtol=1e-5, atol=1e-4)
+
+    stacked, grid = weight.expand(3, -1, -1).clone(), scale_inv.expand(3, -1, -1).clone()
+    half = stacked[:, :128], grid[:, : 128 // block_size[0]]  # as a gate beside its up projection
+    counts = torch.tensor([4, 0, 6], device=device)
+    flat = (values.view(10, 200), scales.view(10, -1))
+    groups = (*flat, *half, counts, block_size, torch.float32)
+    torch.testing.assert_close(
+        ours.grouped_linear(*groups), formulas.grouped_linear(*groups), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_gpus_take_them() -> None:
+    assert isinstance(fp8_kernels(torch.device("cuda")), TritonFp8Kernels)
+    assert fp8_kernels(torch.device("cpu")) is None
 
 
 @pytest.mark.usefixtures("guarded", "grid_order")

@@ -71,20 +71,28 @@ class Fp8Kernels(Protocol):
         weight [experts, outputs, channels]; to [rows, outputs] ``dtype``."""
 
 
-_KERNELS: dict[str, Fp8Kernels] = {}
+_KERNELS: dict[str, Fp8Kernels | None] = {}
 
 
 def register_fp8_kernels(device_type: str, kernels: Fp8Kernels | None) -> None:
     """Has w8a8 products on devices of this type ("cuda") done by ``kernels``; None: no longer."""
-    if kernels is None:
-        _KERNELS.pop(device_type, None)
-    else:
-        _KERNELS[device_type] = kernels
+    _KERNELS[device_type] = kernels
 
 
 def fp8_kernels(device: torch.device) -> Fp8Kernels | None:
-    """The kernels of a device."""
+    """The kernels of a device: on GPUs Triton's, where it is installed, unless others were
+    registered."""
+    if device.type == "cuda" and "cuda" not in _KERNELS:
+        _KERNELS["cuda"] = _triton_kernels()
     return _KERNELS.get(device.type)
+
+
+def _triton_kernels() -> Fp8Kernels | None:
+    try:
+        from r1sae_fast.triton_kernels.fp8_kernels import TritonFp8Kernels
+    except ImportError:
+        return None
+    return TritonFp8Kernels()
 
 
 class ReferenceKernels:
