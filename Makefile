@@ -115,11 +115,17 @@ bench-baseline: $(INSTALLED) ## Write the baseline that bench-check compares thi
 aot: $(INSTALLED) ## Compile the Triton kernels for every GPU architecture (none needed); rewrite their table
 	@TRITON_INTERPRET=0 $(BIN)/python benches/triton_kernels/aot.py --markdown benches/triton_kernels/aot.md
 
+NO_GPU = $(BIN)/python -c "import torch, sys; sys.exit(torch.cuda.is_available())" && \
+  echo "skipped: torch sees no GPU here (torch.cuda.is_available() is False)"
+
 .PHONY: test-gpu
 test-gpu: $(INSTALLED) ## Run the kernels' tests on this machine's GPU
-	@$(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())" || \
-	  { echo "skipped: torch sees no GPU here (torch.cuda.is_available() is False)"; exit 0; } && \
-	  R1SAE_TEST_GPU=1 $(BIN)/python -m pytest -q tests/triton_kernels $(ARGS)
+	@$(NO_GPU) || R1SAE_TEST_GPU=1 $(BIN)/python -m pytest -q tests/triton_kernels $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED) ## Time the kernels on this machine's GPU beside torch and installed peers
+	@$(NO_GPU) || $(BIN)/python -m pytest -q benches/triton_kernels/test_gpu.py -p no:xdist \
+	  --benchmark-only --benchmark-columns=min,median,rounds --benchmark-sort=min $(ARGS)
 
 .PHONY: wheel
 wheel: $(INSTALLED) ## Build the sdist and, from it, the wheel into dist/

@@ -8,6 +8,8 @@ writes a file; ``load`` puts such a file in force.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from r1sae_fast.triton_kernels.launch import current_target
 from r1sae_fast.triton_kernels.targets import INTERPRETER, TARGETS
 
-__all__ = ["Config", "config", "default_configs", "load", "reset", "save"]
+__all__ = ["Config", "config", "default_configs", "load", "reset", "save", "using"]
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,17 @@ def load(path: str | PathLike[str]) -> None:
             for target, raw in by_target.items()
         }
     _loaded.update(found)
+
+
+@contextmanager
+def using(family: str, target: str, settings: Config) -> Iterator[None]:
+    """Puts one setting in force for a while."""
+    before = _loaded.get(family, {})
+    _loaded[family] = {**before, target: settings}
+    try:
+        yield
+    finally:
+        _loaded[family] = before
 
 
 def reset() -> None:
