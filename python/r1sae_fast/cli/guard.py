@@ -19,7 +19,15 @@ TRACEBACK = "R1SAE_TRACEBACK"
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 # Commands (by their path below `r1sae`) that go on where they stopped when run again.
-RESUMABLE = {("harvest",), ("train",), ("encode",), ("examples",), ("demo",), ("tiny-r1", "train")}
+RESUMABLE = {
+    ("harvest",),
+    ("convert",),
+    ("train",),
+    ("encode",),
+    ("examples",),
+    ("demo",),
+    ("tiny-r1", "train"),
+}
 
 
 class GuardedGroup(TyperGroup):

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from r1sae_fast.cli import demo, encode, examples, features, harvest, info, tiny_r1, train
+from r1sae_fast.cli import (
+    convert,
+    demo,
+    encode,
+    examples,
+    features,
+    harvest,
+    info,
+    inspect,
+    tiny_r1,
+    train,
+)
 from r1sae_fast.cli.guard import TRACEBACK, GuardedGroup
 
 COMMANDS = [
@@ -20,6 +31,8 @@ COMMANDS = [
     examples,
     features,
     tiny_r1,
+    inspect,
+    convert,
     info,
 ]
 

@@ -16,6 +16,7 @@ from r1sae_fast.r1.fp8 import FP8_MAX, dequantize_blocks, scale_shape
 from r1sae_fast.r1.layout import TensorSpec
 from r1sae_fast.r1.shard_file import Entry, ShardFile, read_header
 
+CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PLAIN_DTYPES = ("BF16", "F16", "F32")
@@ -63,6 +64,42 @@ def read_quantization(
     return block[0], block[1]
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json``; raises as :class:`CheckpointReader`."""
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; a checkpoint is a folder with {CONFIG_NAME}, "
+            f"{INDEX_NAME} and the shards it names"
+        )
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return config
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """Each tensor's shard, by the index or by the only shard; raises as
+    :class:`CheckpointReader`."""
+    index_path, single_path = directory / INDEX_NAME, directory / SINGLE_NAME
+    if index_path.is_file():
+        index = _read_json(index_path)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise CheckpointError(f"{index_path}: no weight_map of tensor names to shards")
+        # A name with a folder in it could lead out of the checkpoint.
+        for shard in set(shards.values()):
+            if Path(shard).name != shard or shard in ("", ".."):
+                raise CheckpointError(f"{index_path}: {shard!r} is not a plain file name")
+        return shards
+    if single_path.is_file():
+        return dict.fromkeys(read_header(single_path), SINGLE_NAME)
+    raise FileNotFoundError(
+        f"{directory}: neither {INDEX_NAME} nor {SINGLE_NAME}; "
+        "the checkpoint is incomplete, fetch it again"
+    )
+
+
 class CheckpointReader:
     """Reads tensors of a checkpoint folder one by one; shards are mmap'd and opened on first use.
 
@@ -78,36 +115,21 @@ class CheckpointReader:
             CheckpointError: one of them is malformed, or the quantisation is unknown.
         """
         self.directory = Path(directory)
-        config_path = self.directory / "config.json"
-        if not config_path.is_file():
-            raise FileNotFoundError(
-                f"{config_path}: no such file; a checkpoint is a folder with config.json, "
-                f"{INDEX_NAME} and the shards it names"
-            )
-        self.config: dict[str, Any] = _read_json(config_path)
-        if not isinstance(self.config, dict):
-            raise CheckpointError(f"{config_path}: not a JSON object")
-        self.block_size = read_quantization(self.config, str(config_path))
+        self.config = read_config(self.directory)
+        self.block_size = read_quantization(self.config, str(self.directory / CONFIG_NAME))
+        self.shards = read_index(self.directory)
         self._open: dict[str, ShardFile] = {}
-        index_path = self.directory / INDEX_NAME
-        single_path = self.directory / SINGLE_NAME
-        if index_path.is_file():
-            index = _read_json(index_path)
-            shards = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
-                raise CheckpointError(f"{index_path}: no weight_map of tensor names to shards")
-            # A name with a folder in it could lead out of the checkpoint.
-            for shard in set(shards.values()):
-                if Path(shard).name != shard or shard in ("", ".."):
-                    raise CheckpointError(f"{index_path}: {shard!r} is not a plain file name")
-            self.shards: dict[str, str] = shards
-        elif single_path.is_file():
-            self.shards = dict.fromkeys(read_header(single_path), SINGLE_NAME)
-        else:
-            raise FileNotFoundError(
-                f"{self.directory}: neither {INDEX_NAME} nor {SINGLE_NAME}; "
-                "the checkpoint is incomplete, fetch it again"
-            )
+
+    @classmethod
+    def of(
+        cls, directory: Path, shards: dict[str, str], block_size: tuple[int, int] | None
+    ) -> CheckpointReader:
+        """A reader of a folder whose index is known and whose config may be broken."""
+        reader = cls.__new__(cls)
+        reader.directory, reader.config = directory, {}
+        reader.block_size, reader.shards = block_size, shards
+        reader._open = {}
+        return reader
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -126,6 +148,13 @@ class CheckpointReader:
             shard.close()
         self._open.clear()
 
+    def shard(self, shard_name: str) -> ShardFile:
+        """One file of the checkpoint; raises as :class:`ShardFile`."""
+        shard = self._open.get(shard_name)
+        if shard is None:
+            shard = self._open[shard_name] = ShardFile(self.directory / shard_name)
+        return shard
+
     def _shard_of(self, name: str) -> ShardFile:
         """The shard that holds a tensor; raises as :meth:`raw`."""
         shard_name = self.shards.get(name)
@@ -134,9 +163,7 @@ class CheckpointReader:
                 f"{self.directory}: no tensor {name!r} in the index; "
                 "the checkpoint is incomplete or of another model"
             )
-        shard = self._open.get(shard_name)
-        if shard is None:
-            shard = self._open[shard_name] = ShardFile(self.directory / shard_name)
+        shard = self.shard(shard_name)
         if name not in shard.entries:
             raise CheckpointError(
                 f"{shard.path}: the index places {name!r} here, "
@@ -211,40 +238,49 @@ class CheckpointReader:
                 finite, or a weight beyond the largest number of ``target``'s dtype.
         """
         if self.is_fp8(spec):
-            scales = self._scales(spec)
-            largest = torch.finfo(target.dtype).max
-            risky = bool(scales.numel()) and float(scales.abs().max()) * FP8_MAX > largest
             in_place = target.device.type == "cpu" and target.is_contiguous()
-            for rows, part in self._parts(spec.name, self._block_size[0]):
-                first = rows.start // self._block_size[0]
-                grid = scales[first : first + scale_shape(part.shape, self._block_size)[0]]
-                out = target[rows] if in_place else None
-                restored = dequantize_blocks(part, grid, target.dtype, self._block_size, out)
-                if risky and bool(torch.isinf(restored).any()):
-                    raise CheckpointError(
-                        f"{self.directory}: {spec.name!r} holds weights beyond {largest:.3g}, "
-                        f"the largest number of {target.dtype}; load it in float32"
-                    )
+            out = target if in_place else None
+            for rows, part in self.dequantized_bands(spec, target.dtype, out):
                 if not in_place:
-                    target[rows].copy_(restored)
+                    target[rows].copy_(part)
         else:
-            for rows, part in self._parts(spec.name):
+            for rows, part in self.bands(spec.name):
                 target[rows].copy_(part)
+
+    def dequantized_bands(
+        self, spec: TensorSpec, dtype: torch.dtype, out: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """An fp8 tensor in bands of rows, dequantised (into ``out``, if given, contiguous);
+        raising as :meth:`read_into`."""
+        if not self.is_fp8(spec) or self.block_size is None:
+            raise self._not_fp8(spec)
+        height = self.block_size[0]
+        scales = self._scales(spec)
+        largest = torch.finfo(dtype).max
+        risky = bool(scales.numel()) and float(scales.abs().max()) * FP8_MAX > largest
+        for rows, part in self.bands(spec.name, height):
+            grid = scales[rows.start // height : -(-rows.stop // height)]
+            into = None if out is None else out[rows]
+            restored = dequantize_blocks(part, grid, dtype, self.block_size, into)
+            if risky and bool(torch.isinf(restored).any()):
+                raise CheckpointError(
+                    f"{self.directory}: {spec.name!r} holds weights beyond {largest:.3g}, "
+                    f"the largest number of {dtype}; load it in float32"
+                )
+            yield rows, restored
 
     def read_fp8_into(self, spec: TensorSpec, weight: Tensor, scale_inv: Tensor) -> None:
         """Copies one fp8 tensor and its scales as they are; bounded and raising as
         :meth:`read_into`."""
         if not self.is_fp8(spec):
-            found = self.entry(spec.name).dtype
-            raise CheckpointError(f"{self.directory}: {spec.name!r} is {found}, expected F8_E4M3")
+            raise self._not_fp8(spec)
         scale_inv.copy_(self._scales(spec))
-        for rows, part in self._parts(spec.name):
+        for rows, part in self.bands(spec.name):
             weight[rows].view(torch.uint8).copy_(part.view(torch.uint8))
 
-    @property
-    def _block_size(self) -> tuple[int, int]:
-        assert self.block_size is not None  # is_fp8 looked
-        return self.block_size
+    def _not_fp8(self, spec: TensorSpec) -> CheckpointError:
+        found = self.entry(spec.name).dtype
+        return CheckpointError(f"{self.directory}: {spec.name!r} is {found}, expected F8_E4M3")
 
     def _scales(self, spec: TensorSpec) -> Tensor:
         scales = self.raw(spec.scale_name).clone()
@@ -256,10 +292,12 @@ class CheckpointReader:
             )
         return scales
 
-    def _parts(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """Bands of rows (a ``multiple`` each) of a stored tensor, their pages dropped after use."""
+    def bands(self, name: str, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Bands of rows (a ``multiple`` each) of a stored tensor, mmap'd; their pages are dropped
+        when the next band is asked for. A single number is a band of one row."""
         shard = self._shard_of(name)
         stored = shard.tensor(name)
+        stored = stored.view(1) if stored.ndim == 0 else stored
         if stored.numel() == 0:
             return
         shard.will_need(name)
