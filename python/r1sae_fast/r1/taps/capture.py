@@ -115,7 +115,6 @@ class Capture(Tap):
             self._buffer = grown
         return self._buffer
 
-    @torch.no_grad()
     def visit(self, value: Tensor, forward: Forward) -> Tensor:
         index = forward.index(self.where)
         if len(index):
@@ -129,7 +128,9 @@ class Capture(Tap):
     def _copy(self, value: Tensor, index: Index) -> None:
         stop = self._rows + len(index)
         target = self._reserve(stop)[self._rows : stop]
-        if index.rows is not None and target.dtype == value.dtype:
+        if index.rows is None:
+            target.view_as(value).copy_(value)
+        elif target.dtype == value.dtype:
             torch.index_select(value.flatten(0, 1), 0, index.rows, out=target)
         else:
             target.copy_(index.of(value))

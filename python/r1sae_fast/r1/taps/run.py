@@ -108,10 +108,11 @@ class TapRun:
     ) -> None:
         """Announces a forward: :class:`r1sae_fast.r1.generate.GenerationTaps`. ``width``: of the
         tensors, if not the largest number of tokens. ``left``: padding stands before the tokens."""
-        sequences = np.asarray(rows, dtype=np.int64) + self.first
-        positions = np.asarray(first, dtype=np.int64)
-        counts = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        width = int(counts.max(initial=0)) if width is None else width
+        sequences = np.array(rows, dtype=np.int64) + self.first
+        positions = np.array(first, dtype=np.int64)
+        lengths = list(map(len, tokens))
+        counts = np.array(lengths, dtype=np.int64)
+        width = max(lengths, default=0) if width is None else width
         segments: list[list[int]] = []
         if self._needs_segments:
             segments = [

@@ -54,8 +54,8 @@ class Tap(ABC):
 
     @abstractmethod
     def visit(self, value: Tensor, forward: Forward) -> Tensor:
-        """Called in each forward with the value [batch, seq, hidden] at the point; returns what
-        goes on in its place."""
+        """Called in each forward, which engines run without gradients, with the value
+        [batch, seq, hidden] at the point; returns what goes on in its place."""
 
     def _require_sae(self, sae: FastSAE, call: Call) -> None:
         if sae.d_in != call.hidden_size:

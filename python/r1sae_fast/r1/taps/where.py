@@ -44,7 +44,7 @@ class Forward:
     found: dict[Where, Index] = field(default_factory=dict)
 
     def index(self, where: Where) -> Index:
-        """The chosen tokens among those of this forward; worked out once for all taps."""
+        """The chosen tokens among those of this forward; worked out once for all equal choices."""
         index = self.found.get(where)
         if index is None:
             index = self.found[where] = where.find(self)
@@ -107,16 +107,21 @@ class Where:
     sequences: frozenset[int] | None = None
     starts: tuple[int, ...] = (0,)
 
-    @property
+    @cached_property
+    def _unrestricted(self) -> bool:
+        """Whether :attr:`starts` alone can leave tokens out."""
+        return self.positions is None and self.segments is None and self.sequences is None
+
+    @cached_property
     def chooses_all(self) -> bool:
         """Whether no token can be left out."""
-        return self == Where()
+        return self._unrestricted and self.starts == (0,)
 
     def _whole(self, forward: Forward) -> bool:
         """Whether each of the forward's columns is chosen, as far as is seen at once."""
-        if not forward.full or (self.positions, self.segments, self.sequences) != (None,) * 3:
+        if not self._unrestricted or not forward.full:
             return False
-        if self.starts == (0,):
+        if self.chooses_all:
             return True
         return bool((forward.first >= self._starts(forward)).all())
 
@@ -161,6 +166,13 @@ class Where:
         own: tuple[int, ...] = self.positions[number] if self._for_each else self.positions
         return own
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.positions, self.segments, self.sequences, self.starts))
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for in every step
+
     @property
     def _for_each(self) -> bool:
         positions = self.positions
@@ -168,9 +180,12 @@ class Where:
 
     def find(self, forward: Forward) -> Index:
         """The chosen tokens, in the order of sequences and positions."""
+        whole = self._whole(forward)
+        if whole and forward.width == 1:  # a step of a generation: this is its hot path
+            return Index(None, forward.sequences, forward.first)
         columns = forward.columns()
         positions = columns + forward.first[:, None]
-        if self._whole(forward):
+        if whole:
             return Index(None, forward.sequences.repeat(forward.width), positions.ravel())
         chosen = (columns >= 0) & (columns < forward.counts[:, None])
         if self.starts != (0,):
