@@ -24,8 +24,9 @@ def write_codes(folder: Path, shape: Shape, rows: int) -> None:
     k, d_sae = shape.k, shape.d_sae
     rank = torch.rand(CHUNK, k, generator=generator).pow(2) * (d_sae // k)
     features = (rank.long() * k + torch.arange(k)).reshape(-1)
-    values = torch.empty(CHUNK, k).exponential_(2.0, generator=generator) + 0.01
-    values = values.sort(dim=1, descending=True).values
+    # Steps between a row's values, the larger ones first: no ties, however they are scaled.
+    steps = torch.empty(CHUNK, k).exponential_(2.0 * k, generator=generator) + 1e-3
+    values = steps.sort(dim=1).values.cumsum(dim=1).flip(1).contiguous()
     offsets = torch.arange(0, CHUNK * k + 1, k)
     with CodeWriter(folder, d_sae, rows_per_shard=1 << 18) as writer:
         for number in range(-(-rows // CHUNK)):
