@@ -151,6 +151,29 @@ def fp8_dequantize_blocks(
     threads: int,
 ) -> None: ...
 
+# -- r1 (rust/python/src/r1.rs) --
+
+def r1_rms_norm(
+    input: NDArray[Any], weight: NDArray[Any], eps: float, output: NDArray[Any], threads: int
+) -> None: ...
+def r1_rotate(
+    queries: NDArray[Any], head: int, table: NDArray[np.float32], threads: int
+) -> None: ...
+def r1_latents(
+    rows: NDArray[Any], weight: NDArray[Any], eps: float, table: NDArray[np.float32], threads: int
+) -> None: ...
+def r1_route(
+    logits: NDArray[np.float32],
+    bias: NDArray[np.float32],
+    groups: int,
+    kept_groups: int,
+    normalise: bool,
+    scale: float,
+    chosen: NDArray[np.int64],
+    weights: NDArray[np.float32],
+    threads: int,
+) -> None: ...
+
 # -- examples (rust/python/src/examples.rs) --
 
 @final

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from r1sae_fast.r1 import glue
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Linear
 from r1sae_fast.r1.norm import RMSNorm
@@ -57,18 +58,18 @@ class LatentAttention(nn.Module):
         q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         if torch.is_grad_enabled():
             query = torch.cat((q_nope, rotate(q_rope, rotary[:, :, None])), -1)
-        else:
+        elif not glue.rotate_(query, rotary):
             rotate_(q_rope, rotary[:, :, None])
         return query  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
     def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
         """What the tokens are attended by: normalised latent [batch, seq, kv_lora_rank] and
         turned rotary key [batch, seq, rope_dim]."""
-        config = self.config
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
-            [config.kv_lora_rank, config.qk_rope_head_dim], -1
-        )
-        return self.kv_a_layernorm(latent), rotate(k_rope, rotary)
+        config, norm = self.config, self.kv_a_layernorm
+        rows = self.kv_a_proj_with_mqa(x)
+        in_place = glue.latents_(rows, norm.weight, norm.eps, rotary)
+        latent, k_rope = rows.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
+        return (latent, k_rope) if in_place else (norm(latent), rotate(k_rope, rotary))
 
     def forward(
         self,
@@ -142,7 +143,8 @@ class LatentAttention(nn.Module):
         query = self._queries(x, rotary)
         parts = [config.qk_nope_head_dim, config.qk_rope_head_dim]
         q_nope, q_rope = torch.split(query, parts, -1)
-        cache[slots] = torch.cat(self._latents(x, rotary), -1)
+        latent, k_rope = self._latents(x, rotary)
+        cache[slots] = torch.cat((latent, k_rope), -1)
         seen = cache[:, : bias.shape[-1]]
 
         up = self.kv_b_proj.weight.view(heads, -1, rank)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from r1sae_fast.r1 import glue
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Linear
 
@@ -69,7 +70,18 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[tokens, hidden] to (experts int64, weights float32), both [tokens, experts_per_tok]."""
         config = self.config
-        scores = F.linear(x.float(), self.weight.float()).sigmoid()
+        logits = F.linear(x.float(), self.weight.float())
+        if glue.serves(logits, self.e_score_correction_bias):
+            return glue.route(
+                logits,
+                self.e_score_correction_bias,
+                groups=config.n_group,
+                kept_groups=config.topk_group,
+                experts=config.num_experts_per_tok,
+                normalise=config.norm_topk_prob,
+                scale=config.routed_scaling_factor,
+            )
+        scores = logits.sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if config.n_group > 1:
             grouped = choice.view(*choice.shape[:-1], config.n_group, -1)

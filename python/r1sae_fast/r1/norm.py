@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from r1sae_fast.r1 import glue
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
@@ -22,6 +24,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``x`` [..., width]; computed in float32, returned in x's dtype."""
+        if glue.serves(x, self.weight):
+            return glue.rms_norm(x, self.weight, self.eps)
         # One pass over x in its own dtype, where a mean of squares takes a copy and two passes.
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(length.square() / x.shape[-1] + self.eps)

@@ -4,7 +4,8 @@
 //! The modules follow the data: [`shard`] holds activations and codes on disk,
 //! [`screen`] finds codes without all pre-activations, [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
 //! codes back into activations, [`examples`] keeps each feature's strongest rows.
-//! [`fp8`] quantises a model's weights and activations.
+//! [`fp8`] quantises a model's weights and activations, [`r1`] is what stands between the products
+//! of its forward.
 
 pub mod cancel;
 pub mod decode;
@@ -12,6 +13,7 @@ pub mod error;
 pub mod examples;
 pub mod fp8;
 mod pool;
+pub mod r1;
 pub mod rows;
 pub mod screen;
 pub mod select;

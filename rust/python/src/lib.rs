@@ -8,6 +8,7 @@ mod examples;
 mod fp8;
 mod interrupt;
 mod ops;
+mod r1;
 mod screen;
 mod shards;
 
@@ -17,6 +18,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
     ops::register(module)?;
     fp8::register(module)?;
+    r1::register(module)?;
     screen::register(module)?;
     shards::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;

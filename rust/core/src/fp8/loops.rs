@@ -1,7 +1,7 @@
 //! The inner loops, each compiled for every SIMD level: the code is one and the same, so all
 //! levels agree to the bit (Rust never fuses or reorders float operations).
 
-use crate::simd::{Element, Level, Simd};
+use crate::simd::{for_every_level, Element, Simd};
 
 /// The largest e4m3 number.
 pub const MAX: f32 = 448.0;
@@ -106,34 +106,6 @@ fn dequantize<E: Element>(codes: &[u8], group: usize, scales: &[f32], output: &m
             *output = E::from_f32(value_of(code) * scale);
         }
     }
-}
-
-/// Makes of each loop a module with a function that picks the level's twin.
-macro_rules! for_every_level {
-    ($($(#[$doc:meta])* $name:ident => $body:ident($($argument:ident: $kind:ty),*);)*) => {$(
-        $(#[$doc])*
-        pub fn $name<E: Element>(simd: Simd, $($argument: $kind),*) {
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f")]
-            fn avx512<E: Element>($($argument: $kind),*) {
-                $body($($argument),*)
-            }
-            #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2")]
-            fn avx2<E: Element>($($argument: $kind),*) {
-                $body($($argument),*)
-            }
-            match simd.level() {
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: a Simd of this level is only made after AVX-512F was detected.
-                Level::Avx512 => unsafe { avx512($($argument),*) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: a Simd of this level is only made after AVX2 was detected.
-                Level::Avx2 => unsafe { avx2($($argument),*) },
-                _ => $body($($argument),*),
-            }
-        }
-    )*};
 }
 
 for_every_level! {

@@ -11,12 +11,14 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::{Error, Result};
 
 mod element;
+mod every_level;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub(crate) use element::key_of;
 pub use element::{value_of, Element};
+pub(crate) use every_level::for_every_level;
 
 /// Environment variable that forces a level, read at first use.
 pub const ENV: &str = "R1SAE_SIMD";

@@ -1,0 +1,182 @@
+//! Between the products of R1's forward: `r1sae_core::r1`. Every function writes into arrays that
+//! the caller made; bf16 crosses as uint16.
+
+use half::bf16;
+use numpy::{
+    Element as NumpyElement, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2,
+    PyUntypedArrayMethods,
+};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use r1sae_core::r1::{self, Routing};
+use r1sae_core::rows::Matrix;
+use r1sae_core::simd::Simd;
+
+use crate::errors::to_py;
+
+#[derive(FromPyObject)]
+enum Weight<'py> {
+    F32(PyReadonlyArray1<'py, f32>),
+    Bf16(PyReadonlyArray1<'py, u16>),
+}
+
+#[derive(FromPyObject)]
+enum Input<'py> {
+    F32(PyReadonlyArray2<'py, f32>),
+    Bf16(PyReadonlyArray2<'py, u16>),
+}
+
+#[derive(FromPyObject)]
+enum Output<'py> {
+    F32(PyReadwriteArray2<'py, f32>),
+    Bf16(PyReadwriteArray2<'py, u16>),
+}
+
+fn contiguous(_: impl std::fmt::Debug) -> PyErr {
+    PyValueError::new_err("expected a C-contiguous array")
+}
+
+fn mixed() -> PyErr {
+    PyTypeError::new_err("expected arrays of one dtype: float32, or uint16 (bf16 bits)")
+}
+
+fn vector<'a, T: NumpyElement>(array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(contiguous)
+}
+
+fn matrix<'a, T, B: NumpyElement>(
+    array: &'a PyReadonlyArray2<'_, B>,
+    from_bits: impl Fn(&'a [B]) -> &'a [T],
+) -> PyResult<Matrix<'a, T>> {
+    let data = array.as_slice().map_err(contiguous)?;
+    Matrix::new(from_bits(data), array.shape()[0], array.shape()[1]).map_err(to_py)
+}
+
+fn slice_mut<'a, T: NumpyElement>(
+    array: &'a mut PyReadwriteArray2<'_, T>,
+) -> PyResult<&'a mut [T]> {
+    array.as_slice_mut().map_err(contiguous)
+}
+
+fn bf16s(bits: &[u16]) -> &[bf16] {
+    half::slice::HalfBitsSliceExt::reinterpret_cast(bits)
+}
+
+fn bf16s_mut(bits: &mut [u16]) -> &mut [bf16] {
+    half::slice::HalfBitsSliceExt::reinterpret_cast_mut(bits)
+}
+
+/// Normalised rows, into `output`.
+#[pyfunction]
+fn r1_rms_norm(
+    py: Python<'_>,
+    input: Input<'_>,
+    weight: Weight<'_>,
+    eps: f32,
+    output: Output<'_>,
+    threads: usize,
+) -> PyResult<()> {
+    let simd = Simd::active().map_err(to_py)?;
+    match (&input, &weight, output) {
+        (Input::F32(input), Weight::F32(weight), Output::F32(mut output)) => {
+            let (input, weight) = (matrix(input, |bits| bits)?, vector(weight)?);
+            let output = slice_mut(&mut output)?;
+            py.detach(|| r1::rms_norm(input, weight, eps, output, simd, threads))
+        }
+        (Input::Bf16(input), Weight::Bf16(weight), Output::Bf16(mut output)) => {
+            let (input, weight) = (matrix(input, bf16s)?, bf16s(vector(weight)?));
+            let output = bf16s_mut(slice_mut(&mut output)?);
+            py.detach(|| r1::rms_norm(input, weight, eps, output, simd, threads))
+        }
+        _ => return Err(mixed()),
+    }
+    .map_err(to_py)
+}
+
+/// Turns the end of each head of each row of `queries`, in place.
+#[pyfunction]
+fn r1_rotate(
+    py: Python<'_>,
+    queries: Output<'_>,
+    head: usize,
+    table: PyReadonlyArray2<'_, f32>,
+    threads: usize,
+) -> PyResult<()> {
+    let simd = Simd::active().map_err(to_py)?;
+    let table = matrix(&table, |bits| bits)?;
+    match queries {
+        Output::F32(mut queries) => {
+            let width = queries.shape()[1];
+            let queries = slice_mut(&mut queries)?;
+            py.detach(|| r1::rotate(queries, width, head, table, simd, threads))
+        }
+        Output::Bf16(mut queries) => {
+            let width = queries.shape()[1];
+            let queries = bf16s_mut(slice_mut(&mut queries)?);
+            py.detach(|| r1::rotate(queries, width, head, table, simd, threads))
+        }
+    }
+    .map_err(to_py)
+}
+
+/// Makes cache rows of `rows`, in place.
+#[pyfunction]
+fn r1_latents(
+    py: Python<'_>,
+    rows: Output<'_>,
+    weight: Weight<'_>,
+    eps: f32,
+    table: PyReadonlyArray2<'_, f32>,
+    threads: usize,
+) -> PyResult<()> {
+    let simd = Simd::active().map_err(to_py)?;
+    let table = matrix(&table, |bits| bits)?;
+    match (rows, &weight) {
+        (Output::F32(mut rows), Weight::F32(weight)) => {
+            let (rows, weight) = (slice_mut(&mut rows)?, vector(weight)?);
+            py.detach(|| r1::latents(rows, weight, eps, table, simd, threads))
+        }
+        (Output::Bf16(mut rows), Weight::Bf16(weight)) => {
+            let (rows, weight) = (bf16s_mut(slice_mut(&mut rows)?), bf16s(vector(weight)?));
+            py.detach(|| r1::latents(rows, weight, eps, table, simd, threads))
+        }
+        _ => return Err(mixed()),
+    }
+    .map_err(to_py)
+}
+
+/// Each token's experts and their weights, into `chosen` and `weights`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // flat, as Python gives them
+fn r1_route(
+    py: Python<'_>,
+    logits: PyReadonlyArray2<'_, f32>,
+    bias: PyReadonlyArray1<'_, f32>,
+    groups: usize,
+    kept_groups: usize,
+    normalise: bool,
+    scale: f32,
+    mut chosen: PyReadwriteArray2<'_, i64>,
+    mut weights: PyReadwriteArray2<'_, f32>,
+    threads: usize,
+) -> PyResult<()> {
+    let routing = Routing {
+        groups,
+        kept_groups,
+        experts: chosen.shape()[1],
+        normalise,
+        scale,
+    };
+    let (logits, bias) = (matrix(&logits, |bits| bits)?, vector(&bias)?);
+    let (chosen, weights) = (slice_mut(&mut chosen)?, slice_mut(&mut weights)?);
+    py.detach(|| r1::route(logits, bias, routing, chosen, weights, threads))
+        .map_err(to_py)
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_function(wrap_pyfunction!(r1_rms_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(r1_rotate, module)?)?;
+    module.add_function(wrap_pyfunction!(r1_latents, module)?)?;
+    module.add_function(wrap_pyfunction!(r1_route, module)?)?;
+    Ok(())
+}
