@@ -84,7 +84,8 @@ class Router(nn.Module):
         scores = logits.sigmoid()
         choice = scores.detach() + self.e_score_correction_bias
         if config.n_group > 1:
-            grouped = choice.view(*choice.shape[:-1], config.n_group, -1)
+            size = choice.shape[-1] // config.n_group
+            grouped = choice.view(*choice.shape[:-1], config.n_group, size)
             # A group is as good as its two best experts.
             strength = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
             kept = torch.zeros_like(strength, dtype=torch.bool)

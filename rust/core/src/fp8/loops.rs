@@ -1,7 +1,7 @@
 //! The inner loops, each compiled for every SIMD level: the code is one and the same, so all
 //! levels agree to the bit (Rust never fuses or reorders float operations).
 
-use crate::simd::{for_every_level, Element, Simd};
+use crate::simd::{for_every_level, Element};
 
 /// The largest e4m3 number.
 pub const MAX: f32 = 448.0;

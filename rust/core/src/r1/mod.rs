@@ -49,7 +49,9 @@ pub fn rms_norm<E: Element>(
 
 /// Which row of a table belongs to each of `rows` tokens: the table repeats.
 fn check_table(table: Matrix<'_, f32>, rows: usize) -> Result<()> {
-    if table.width() % 2 == 0 && (rows == 0 || (table.rows() > 0 && rows % table.rows() == 0)) {
+    if table.width().is_multiple_of(2)
+        && (rows == 0 || (table.rows() > 0 && rows.is_multiple_of(table.rows())))
+    {
         return Ok(());
     }
     Err(Error::InvalidArgument(format!(
@@ -75,7 +77,7 @@ pub fn rotate<E: Element>(
     simd: Simd,
     threads: usize,
 ) -> Result<()> {
-    if head == 0 || width % head != 0 || table.width() > head || width == 0 {
+    if head == 0 || !width.is_multiple_of(head) || table.width() > head || width == 0 {
         return Err(Error::InvalidArgument(format!(
             "tokens of {width} numbers, heads of {head} and {} that turn; expected each to divide \
              or fit into the one before",

@@ -61,10 +61,7 @@ fn largest(
             continue;
         }
         best.truncate(count - 1);
-        let place = best
-            .iter()
-            .position(|other| better(other))
-            .unwrap_or(best.len());
+        let place = best.iter().position(better).unwrap_or(best.len());
         best.insert(place, index);
     }
 }
