@@ -219,6 +219,7 @@ class FileHidden:
         """See :class:`Hidden`. Returns at once: the commit waits in line behind the writes, and
         the next block's writes, which go over the half before, behind the commit."""
         self.blocks += 1
+        self._next = None  # was of the block before
         self._writing.append(self._writer.submit(self._commit, self.blocks))
 
     def _commit(self, blocks: int) -> None:
