@@ -18,6 +18,7 @@ from r1sae_fast.cli import (
     harvest,
     info,
     inspect,
+    plan,
     tiny_r1,
     train,
 )
@@ -25,6 +26,7 @@ from r1sae_fast.cli.guard import TRACEBACK, GuardedGroup
 
 COMMANDS = [
     demo,
+    plan,
     harvest,
     train,
     encode,

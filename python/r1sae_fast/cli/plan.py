@@ -97,9 +97,7 @@ def _task(
             f"layer {layer} does not exist: the model has 0 to {config.num_hidden_layers - 1}"
         )
     if context > config.max_position_embeddings:
-        raise ValueError(
-            f"--context is {context}, the model's is {config.max_position_embeddings}"
-        )
+        raise ValueError(f"--context is {context}, the model's is {config.max_position_embeddings}")
     if reader is not None:
         specs = list(embedding_specs(config))
         for index in range(layer + 1):
@@ -143,7 +141,9 @@ def _machine(
     from r1sae_fast.r1.stream.speeds import dequantize_speed, disk_speed, product_speed
 
     if disk is None and checkpoint is None:
-        raise ValueError("--here measures the disk where a checkpoint is: give --checkpoint, or --disk")
+        raise ValueError(
+            "--here measures the disk where a checkpoint is: give --checkpoint, or --disk"
+        )
     device, dtype = torch.device("cpu"), torch.bfloat16
     width = min(task.config.hidden_size, 2048)
     return Machine(
@@ -232,4 +232,4 @@ def _show(
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the root app."""
-    app.command("plan", rich_help_panel="About")(plan)
+    app.command("plan", rich_help_panel="The chain")(plan)

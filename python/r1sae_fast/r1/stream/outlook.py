@@ -166,6 +166,7 @@ def streaming(task: Task, machine: Machine) -> Way:
         expert_flops=machine.flops,
         dequantize=machine.dequantize,
         quantize=float("inf"),  # its time is within what products reach
+        memory=5e11 if machine.kernels else 4e9,
     )
     model = Model(task.config, task.layer, is_fp8=task.is_fp8, kernels=machine.kernels)
     try:
@@ -173,11 +174,12 @@ def streaming(task: Task, machine: Machine) -> Way:
     except ValueError as error:
         return Way("streaming", None, "memory", (str(error),), {"error": str(error)})
     flops = work(task.config, task.layer, task.context).flops
+    balance = machine.flops * task.weights / machine.disk / flops
     lines = [
         *plan_lines(plan),
         f"scratch file: {show_size(2 * plan.hidden / max(task.layer, 1))}",
-        f"disk and compute take as long at {machine.flops * task.weights / machine.disk / flops:,.0f}"
-        " tokens a pass; below that the disk is the limit",
+        f"read once, the weights take the disk as long as {balance:,.0f} tokens take to compute: "
+        "in smaller passes the disk is the limit",
     ]
     numbers = {
         "pass_tokens": plan.shape.tokens,

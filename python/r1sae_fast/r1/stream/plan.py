@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.layout import TensorSpec, block_specs, embedding_specs
@@ -37,7 +38,6 @@ from r1sae_fast.r1.stream.workspace import workspace_bytes
 # Python and torch grow while they work: kernels made at run time, thread stacks, caches.
 LIBRARIES = 64 << 20
 _STEP = ("micro-batch", "one weight dequantised")
-_MEMORY_SPEED = 4e9  # bytes a second, running sums read and written
 _TOKEN_BYTES = 96  # a token id in Python's lists, and its segment
 
 
@@ -81,13 +81,23 @@ class Model:
     kernels: bool = False
     """Whether the device multiplies fp8 itself."""
 
+    @property
+    def dequantises(self) -> bool:
+        """Whether weights are dequantised for their products (rather than as they are read)."""
+        return self.fp8 == "w8a8" and not self.kernels
+
     def block(self, index: int) -> list[TensorSpec]:
         """The tensors of a block."""
-        return list(block_specs(self.config, index))
+        return list(_block(self.config, index))
 
     def is_moe(self, index: int) -> bool:
         """Whether a block is a mixture of experts."""
         return index >= self.config.first_k_dense_replace
+
+
+@lru_cache(8)
+def _block(config: R1Config, index: int) -> tuple[TensorSpec, ...]:
+    return tuple(block_specs(config, index))
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,7 @@ def candidates(model: Model, shape: Shape, budget: Budget) -> Iterator[StreamPla
     experts, k = config.n_routed_experts, config.num_experts_per_tok
     mixtures = any(model.is_moe(index) for index in range(model.layer + 1))
     caches = ["call"]
-    if model.fp8 == "w8a8" and not model.kernels:
+    if model.dequantises:
         caches = ["once", "call"]
     if mixtures and any(runs_every_expert(n * length, experts, k) for n, length in shape.batches):
         # A model as small as TinyR1, a batch of a few tokens.
@@ -222,7 +232,7 @@ def _common(model: Model, shape: Shape, budget: Budget) -> dict[str, int]:
         "caller's buffers": budget.reserve + 3 * row * shape.largest + _TOKEN_BYTES * shape.tokens,
         "hidden states": row * (shape.rows if budget.hidden_in_memory else 4 * shape.largest),
         _STEP[0]: workspace,
-        _STEP[1]: largest,
+        _STEP[1]: 0 if model.kernels else largest,
     }
 
 
@@ -235,7 +245,6 @@ def _whole(model: Model, shape: Shape, budget: Budget, ahead: bool, cache: str) 
         weights = pairs[0]
     copies = max(_dense(model, specs) for specs, _ in kinds) if cache == "once" else 0
     times = 1 if cache == "once" else len(shape.batches)
-    every = [spec for index in range(model.layer + 1) for spec in model.block(index)]
     return StreamPlan(
         shape=shape,
         group=None,
@@ -251,7 +260,7 @@ def _whole(model: Model, shape: Shape, budget: Budget, ahead: bool, cache: str) 
         read=_read(model, 1),
         hidden=_hidden(model, shape),
         flops=shape.rows * work(model.config, model.layer, shape.context).flops,
-        dequantised=0 if model.kernels else times * _fp8_numbers(model, every),
+        dequantised=times * _fp8_numbers(model) if model.dequantises else 0,
     )
 
 
@@ -276,7 +285,6 @@ def _groups(
     chunk = min(max(room, shape.largest), shape.rows)
     chunks = count_chunks(shape.batches, chunk)
     times = chunks if cache == "once" else len(shape.batches)
-    dense = [spec for index in range(model.layer + 1) for spec in model.block(index)]
     return StreamPlan(
         shape=shape,
         group=size,
@@ -293,7 +301,7 @@ def _groups(
         read=_read(model, chunks),
         hidden=_hidden(model, shape),
         flops=shape.rows * work(config, model.layer, shape.context).flops,
-        dequantised=0 if model.kernels else times * _fp8_numbers(model, dense),
+        dequantised=times * _fp8_numbers(model) if model.dequantises else 0,
     )
 
 
@@ -325,10 +333,10 @@ def _timed(plan: StreamPlan, model: Model, speeds: Speeds) -> StreamPlan:
     if model.fp8 == "w8a8":
         compute += rows * _quantised(model) / speeds.quantize
     if model.fp8 == "dequantize":  # while the weights are read
-        compute += _fp8_numbers(model, _every(model)) * plan.chunks / speeds.dequantize
+        compute += _fp8_numbers(model) * plan.chunks / speeds.dequantize
     if plan.group is not None:
         groups = -(-config.n_routed_experts // plan.group)
-        compute += rows * config.hidden_size * 8 * groups * mixtures / _MEMORY_SPEED
+        compute += rows * config.hidden_size * 8 * groups * mixtures / speeds.memory
     disk = (plan.read + plan.hidden) / speeds.disk
     whole = max(disk, compute) if plan.ahead else disk + compute
     plan.seconds.update(disk=disk, compute=compute, whole=whole)
@@ -345,10 +353,6 @@ def _quantised(model: Model) -> int:
     expert = width + inter * (config.num_experts_per_tok + config.n_shared_experts)
     mixtures = model.layer + 1 - dense
     return (model.layer + 1) * each + dense * config.intermediate_size + mixtures * expert
-
-
-def _every(model: Model) -> list[TensorSpec]:
-    return [spec for index in range(model.layer + 1) for spec in model.block(index)]
 
 
 def _kinds(model: Model) -> list[tuple[list[TensorSpec], int]]:
@@ -370,8 +374,11 @@ def _dense(model: Model, specs: Sequence[TensorSpec]) -> int:
     return dense_bytes(specs, model.fp8, model.itemsize, model.is_fp8)
 
 
-def _fp8_numbers(model: Model, specs: Sequence[TensorSpec]) -> int:
-    return dense_bytes(specs, "w8a8", 1, model.is_fp8) if model.fp8 == "w8a8" else 0
+def _fp8_numbers(model: Model) -> int:
+    """Weights of all blocks that are stored in fp8."""
+    return sum(
+        count * dense_bytes(specs, "w8a8", 1, model.is_fp8) for specs, count in _kinds(model)
+    )
 
 
 def _read(model: Model, chunks: int) -> int:

@@ -26,6 +26,7 @@ class Speeds:
     expert_flops: the same of an expert's, on as many rows as it gets of a micro-batch.
     dequantize: weights a second from fp8 to the engine's dtype.
     quantize: activations a second rounded to fp8 and back.
+    memory: bytes a second of running sums read and written; not measured.
     """
 
     disk: float
@@ -33,6 +34,7 @@ class Speeds:
     expert_flops: float
     dequantize: float
     quantize: float = 1e9
+    memory: float = 4e9
 
 
 def measure(
