@@ -19,8 +19,8 @@ def test_fake(versus):
     if flag and os.path.exists(flag):
         os.remove(flag)
         slow = True
-    ours = 0.004 if slow else 0.002
-    versus("fake", ours=lambda: time.sleep(ours), torch=lambda: time.sleep(0.006), rounds=7)
+    ours = 0.06 if slow else 0.03
+    versus("fake", ours=lambda: time.sleep(ours), torch=lambda: time.sleep(0.09), rounds=7)
 """
 
 
