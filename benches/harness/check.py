@@ -40,7 +40,9 @@ def run_benches(targets: Sequence[str | Path], seconds: float) -> dict[str, Any]
         command += [f"--versus-json={path}", f"--versus-seconds={seconds}"]
         # Other plugins only take time to load.
         quick = {"PYTHONPATH": str(BENCHES), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        environment = {**os.environ, **quick}
+        # Called from a test under xdist, the benches must not take themselves for its workers.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        environment = {**kept, **quick}
         done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
         if done.returncode or not path.exists():
             raise SystemExit(f"bench-check: the benches themselves failed (exit {done.returncode})")

@@ -41,7 +41,9 @@ def bound(codes: Codes, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tenso
     size = size + b_dec.double().abs()
     terms = int(offsets.diff().max()) + 1 if offsets.shape[0] > 1 else 1
     dtype_eps = torch.finfo(values.dtype).eps / 2
-    return (dtype_eps + (terms + 1) * torch.finfo(torch.float32).eps / 2) * size + 1e-30
+    # What is smaller rounds to multiples of this, not to digits.
+    tiny = torch.finfo(values.dtype).tiny * torch.finfo(values.dtype).eps
+    return (dtype_eps + (terms + 1) * torch.finfo(torch.float32).eps / 2) * size + tiny
 
 
 def exact(codes: Codes, W_dec: torch.Tensor, b_dec: torch.Tensor) -> torch.Tensor:
