@@ -24,6 +24,9 @@ from harness.compare import TOLERANCE, better, compare, read_baseline, write_bas
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ROOT / "benches"
+OPERATIONS = [BENCHES / room for room in ("ops", "sae", "examples", "shards")]
+"""What is compared unless told otherwise: single operations, in a minute or two. Whole models are
+benches of their own, beside transformers, and take longer."""
 
 
 def run_benches(targets: Sequence[str | Path], seconds: float) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="harness.check", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("targets", nargs="*", default=[BENCHES], help="benches (default: all)")
+    parser.add_argument("targets", nargs="*", default=OPERATIONS, help="default: operations")
     parser.add_argument("--write", action="store_true", help="write the baseline of this CPU class")
     parser.add_argument("--runs", type=int, default=3, help="whose median is the baseline")
     parser.add_argument("--baselines", type=Path, default=BENCHES / "baselines")
