@@ -176,17 +176,22 @@ def r1_route(
 
 # -- examples (rust/python/src/examples.rs) --
 
+_ExampleParts = tuple[
+    NDArray[np.float32],
+    NDArray[np.int64],
+    NDArray[np.uint64],
+    NDArray[np.uint64],
+    NDArray[np.int64],
+    NDArray[np.float32],
+    NDArray[np.int64],
+    int,
+]
+
 @final
 class ExampleAccumulator:
-    def __new__(cls, d_sae: int, n: int) -> ExampleAccumulator: ...
+    def __new__(cls, d_sae: int, n: int, samples: int, seed: int) -> ExampleAccumulator: ...
     @staticmethod
-    def from_parts(
-        strengths: NDArray[np.float32],
-        rows: NDArray[np.int64],
-        histogram: NDArray[np.uint64],
-        sums: NDArray[np.uint64],
-        scanned: int,
-    ) -> ExampleAccumulator: ...
+    def from_parts(parts: _ExampleParts, samples: int, seed: int) -> ExampleAccumulator: ...
     def add(
         self,
         values: NDArray[np.float32] | NDArray[np.uint16],
@@ -199,12 +204,9 @@ class ExampleAccumulator:
         self, shards: Sequence[tuple[PathLike[str], int, int]], threads: int
     ) -> None: ...
     def merge(self, other: ExampleAccumulator) -> None: ...
-    def parts(
-        self,
-    ) -> tuple[
-        NDArray[np.float32], NDArray[np.int64], NDArray[np.uint64], NDArray[np.uint64], int
-    ]: ...
+    def parts(self) -> _ExampleParts: ...
     @property
     def scanned(self) -> int: ...
 
 def example_histogram_edges() -> NDArray[np.float32]: ...
+def example_sample_ranks(rows: NDArray[np.int64], seed: int) -> NDArray[np.uint64]: ...

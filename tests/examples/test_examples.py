@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.examples import Examples, collect_examples, histogram_edges
@@ -22,7 +23,42 @@ D_SAE = 11
 STRENGTHS = [0.0, 2.0**-20, 2.0**-12, 0.25, 0.5, 0.75, 1.0, 3.0, 2.0**12, 2.0**20]
 
 
-def reference(dense: torch.Tensor, n: int) -> dict[str, Any]:
+MASK = 2**64 - 1
+
+
+def mix(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def rank(row: int, seed: int) -> int:
+    """``rust/core/src/examples/samples.rs`` once more, in plain Python."""
+    golden = 0x9E3779B97F4A7C15
+    return mix(mix(row + mix(seed + golden & MASK) & MASK) ^ golden)
+
+
+def reference_samples(
+    dense: torch.Tensor, bins: np.ndarray, samples: int, seed: int
+) -> dict[str, Any]:
+    """Of each bin of each feature, the rows that are ranked first."""
+    offsets, rows = [0], []
+    features = []
+    for feature in range(dense.shape[1]):
+        active = dense[:, feature].numpy() > 0
+        for place in range(96):
+            inside = np.flatnonzero(active & (bins[:, feature] == place)).tolist()
+            rows += sorted(inside, key=lambda row: rank(row, seed))[:samples]
+        features += [feature] * (len(rows) - offsets[-1])
+        offsets.append(len(rows))
+    return {
+        "sample_offsets": torch.tensor(offsets),
+        "sample_rows": torch.tensor(rows, dtype=torch.int64),
+        "sample_strengths": dense[rows, features],
+    }
+
+
+def reference(dense: torch.Tensor, n: int, samples: int = 4, seed: int = 0) -> dict[str, Any]:
     """Everything by sorting all rows of each feature."""
     rows, d_sae = dense.shape
     strengths = torch.zeros(d_sae, n)
@@ -45,11 +81,14 @@ def reference(dense: torch.Tensor, n: int) -> dict[str, Any]:
         "sums": torch.tensor(
             [math.fsum(column) for column in dense.T.double().tolist()], dtype=torch.float64
         ),
+        **reference_samples(dense, bins, samples, seed),
     }
 
 
-def assert_matches(examples: Examples, dense: torch.Tensor, n: int) -> None:
-    for name, expected in reference(dense, n).items():
+def assert_matches(
+    examples: Examples, dense: torch.Tensor, n: int, samples: int = 4, seed: int = 0
+) -> None:
+    for name, expected in reference(dense, n, samples, seed).items():
         found = getattr(examples, name)
         assert found.shape == expected.shape, name
         torch.testing.assert_close(found, expected.to(found.dtype), rtol=0, atol=0, msg=name)
@@ -94,6 +133,40 @@ def test_equals_sorting_everything_however_it_is_cut(
     for part in parts[1:]:
         merged = merged.merge(part)
     assert merged.equal(in_order)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    simd=st.sampled_from(list(ops.simd_info().available)),
+    threads=st.sampled_from([1, 2, 4]),
+    spread=st.sampled_from([0.1, 1.0, 4.0]),
+    samples=st.integers(0, 6),
+    sample_seed=st.integers(0, MASK),
+    cut=st.integers(0, 400),
+)
+@settings(max_examples=25)
+def test_ordinary_strengths_in_many_rows(
+    seed: int, simd: str, threads: int, spread: float, samples: int, sample_seed: int, cut: int
+) -> None:
+    """As an SAE gives: no zeros, so that the quick way is taken; counts that fill small cells."""
+    rng = np.random.default_rng(seed)
+    dense = np.exp(rng.normal(0, spread, (400, 9))) * (rng.random((400, 9)) < 0.8)
+    dense = torch.from_numpy(dense.astype(np.float32))
+    before = ops.simd_info().active
+    ops.set_simd(simd)
+    try:
+        parts = [(0, dense[:cut]), (cut, dense[cut:])]
+        found = collect_examples(
+            [(first, SparseCodes.from_dense(part)) for first, part in parts],
+            3,
+            samples=samples,
+            seed=sample_seed,
+            threads=threads,
+        )
+    finally:
+        ops.set_simd(before)
+    # Sums of doubles are exact here: the strengths span few octaves, or are few.
+    assert_matches(found, dense, 3, samples, sample_seed)
 
 
 @given(dense=dense_codes(), n=st.integers(1, 5))
@@ -245,17 +318,91 @@ def test_no_codes_other_widths_and_other_things() -> None:
         collect_examples(codes_with(1.0), first_row=-1)
 
 
-def test_merge_refuses_other_sizes_and_the_same_rows_twice() -> None:
+def test_merge_refuses_other_settings() -> None:
     examples = collect_examples(codes_with(1.0), n=3)
-    with pytest.raises(ValueError, match="n = 3 can't be merged"):
-        examples.merge(collect_examples(codes_with(1.0), n=4, first_row=9))
-    with pytest.raises(ValueError, match=r"both hold row \d as an example of feature 3"):
-        examples.merge(examples)
+    for words, options in (
+        ("n = 3, .* merged with .* n = 4,", {"n": 4}),
+        ("samples = 4 .* samples = 5 ", {"n": 3, "samples": 5}),
+        ("seed = 0 .* seed = 5:", {"n": 3, "seed": 5}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            examples.merge(collect_examples(codes_with(1.0), first_row=9, **options))
+
+
+def test_merge_refuses_the_same_rows_twice(tmp_path: Path) -> None:
+    """Also when nothing of the rows is an example any more, and after saving and merging."""
+    weak, strong = codes_with(1.0), codes_with(10.0)
+    examples = collect_examples([(5, weak), (10, strong)], n=1, samples=0)
+    assert examples.row_ranges.tolist() == [[5, 15]]
+    merged = examples.merge(collect_examples(weak, n=1, samples=0, first_row=20))
+    assert merged.row_ranges.tolist() == [[5, 15], [20, 25]]
+    merged.save(tmp_path / "merged")
+    loaded = Examples.load(tmp_path / "merged")
+    for first in (3, 5, 14, 18, 24):
+        with pytest.raises(ValueError, match=r"hold row \d+, which other codes held.*twice"):
+            loaded.merge(collect_examples(weak, n=1, samples=0, first_row=first))
+    whole = loaded.merge(collect_examples(weak, n=1, samples=0, first_row=15))
+    assert whole.row_ranges.tolist() == [[5, 25]]
+    assert whole.scanned == 20
+
+
+@given(
+    strengths=st.lists(st.floats(0.015625, 100, width=32), max_size=60),
+    samples=st.integers(1, 8),
+    count=st.integers(1, 8),
+    per_interval=st.integers(0, 10),
+    by=st.sampled_from(["strength", "count"]),
+)
+def test_intervals(
+    strengths: list[float], samples: int, count: int, per_interval: int, by: str
+) -> None:
+    column = torch.tensor(strengths, dtype=torch.float32)[:, None]
+    examples = collect_examples(SparseCodes.from_dense(column), n=1, samples=samples, seed=9)
+    found = examples.intervals(0, count, per_interval, by) if len(strengths) else []
+    assert len(found) <= count
+    assert sum(interval.count for interval in found) == len(strengths)
+    for at, interval in enumerate(found):
+        inside = [
+            row
+            for row, value in enumerate(column[:, 0].tolist())
+            if interval.low <= value < interval.high
+        ]
+        assert interval.count == len(inside)
+        assert interval.low == (0.0 if at == 0 else found[at - 1].high)
+        expected = sorted(inside, key=lambda row: rank(row, 9))
+        # The first ranks of all rows of the interval, and at least so many as of one bin.
+        assert interval.rows == expected[: len(interval.rows)]
+        assert min(per_interval, samples, len(inside)) <= len(interval.rows) <= per_interval
+        assert interval.strengths == column[interval.rows, 0].tolist()
+    if len(strengths):
+        assert found[-1].high == math.inf
+
+
+def test_intervals_cut_where_asked() -> None:
+    column = torch.arange(1, 1001, dtype=torch.float32)[:, None] / 100
+    examples = collect_examples(SparseCodes.from_dense(column), n=1)
+    lows = [interval.low for interval in examples.intervals(0, 5, 3)]
+    assert lows == pytest.approx([0, 2, 4, 6, 8], rel=0.1)
+    counts = [interval.count for interval in examples.intervals(0, 4, 3, "count")]
+    assert counts == pytest.approx([250] * 4, abs=100)
+    dead = collect_examples(SparseCodes.from_dense(torch.zeros(3, 1)), n=1)
+    assert dead.intervals(0) == []
+    for bad in ((0, 5, "strength"), (5, -1, "strength"), (5, 5, "rank")):
+        with pytest.raises(ValueError, match="expected"):
+            examples.intervals(0, *bad)
+    with pytest.raises(IndexError, match="feature 1 is out of range for 1"):
+        examples.intervals(1)
+
+
+def test_samples_out_of_range() -> None:
+    with pytest.raises(ValueError, match="samples is 256; expected 0 to 255"):
+        collect_examples(codes_with(1.0), samples=256)
+    with pytest.raises(ValueError, match="seed is -1"):
+        collect_examples(codes_with(1.0), seed=-1)
 
 
 def damaged(examples: Examples, **changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    names = ("strengths", "rows", "histogram", "fixed_sums")
-    return {name: getattr(examples, name).clone() for name in names} | changes
+    return {name: tensor.clone() for name, tensor in examples._tensors().items()} | changes
 
 
 def test_files_that_no_collection_made_are_refused(tmp_path: Path) -> None:
@@ -275,7 +422,8 @@ def test_files_that_no_collection_made_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no examples file"):
         Examples.load(path)
 
-    header = {"format": "r1sae-examples", "version": "1", "scanned": "5"}
+    numbers = {"scanned": "5", "samples": "4", "seed": "0"}
+    header = {"format": "r1sae-examples", "version": "2", **numbers}
     unsorted = examples.strengths.clone()
     unsorted[3] = torch.tensor([1.0, 2.0, 1.0])
     for changes, message in [
@@ -283,9 +431,16 @@ def test_files_that_no_collection_made_are_refused(tmp_path: Path) -> None:
         ({"rows": examples.rows.masked_fill(examples.rows == 0, -7)}, "of row -7"),
         ({"histogram": examples.histogram * 2}, "active 2 times but 1 examples"),
         ({"histogram": examples.histogram.roll(1, dims=1)}, "lacks some of its examples"),
+        ({"sample_rows": examples.sample_rows.flip(0)}, "sample of row . is out of order"),
+        ({"sample_rows": examples.sample_rows - 9}, "a sample has strength .* of row -"),
+        ({"sample_rows": examples.sample_rows[1:].clone()}, "need"),
+        ({"sample_offsets": examples.sample_offsets + 1}, "its samples span|has . samples"),
+        ({"sample_offsets": examples.sample_offsets * 0}, "has 0 samples of at most 4"),
+        ({"row_ranges": torch.tensor([[0, 4]])}, "row_ranges are not of 5 rows"),
+        ({"row_ranges": torch.tensor([[3, 5], [0, 3]])}, "row_ranges are not in order"),
         ({"histogram": examples.histogram[:, :-1].contiguous()}, "need"),
         ({"rows": examples.rows.to(torch.int32)}, "rows is torch.int32"),
-        ({"strengths": examples.strengths[0].clone()}, "expected torch.float32 with two dim"),
+        ({"strengths": examples.strengths[0].clone()}, "expected torch.float32 with 2 dim"),
     ]:
         save_file(damaged(examples, **changes), path, metadata=header)
         with pytest.raises(ValueError, match=message):

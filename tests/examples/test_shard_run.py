@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import accumulate
@@ -77,15 +78,47 @@ def test_the_order_of_shards_does_not_show(tmp_path: Path) -> None:
     expected = collect_examples(codes, n=6)
     for seed in range(5):
         random.Random(seed).shuffle(files)
-        accumulator = _core.ExampleAccumulator(D_SAE, 6)
+        accumulator = _core.ExampleAccumulator(D_SAE, 6, 4, 0)
         for part in (files[:3], files[3:]):
             accumulator.add_shards(part, 2)
-        strengths, rows, histogram, sums, scanned = accumulator.parts()
+        strengths, rows, histogram, sums, *samples, scanned = accumulator.parts()
         assert np.array_equal(strengths, expected.strengths.numpy())
         assert np.array_equal(rows, expected.rows.numpy())
         assert np.array_equal(histogram, expected.histogram.numpy())
         assert np.array_equal(sums.view(np.int64), expected.fixed_sums.numpy())
+        assert np.array_equal(samples[0], expected.sample_offsets.numpy())
+        assert np.array_equal(samples[1], expected.sample_strengths.numpy())
+        assert np.array_equal(samples[2], expected.sample_rows.numpy())
         assert scanned == 500
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_shards_are_mapped_one_after_the_other(tmp_path: Path) -> None:
+    """Memory, that of mapped files included, does not grow with the number of shards."""
+    rows, k = 4096, 32
+    values = torch.rand(rows, k).sort(dim=1, descending=True).values + 0.1
+    indices = torch.arange(k, dtype=torch.int32).repeat(rows)
+    codes = SparseCodes(values.reshape(-1), indices, torch.arange(0, rows * k + 1, k), 64)
+    write(tmp_path / "codes", codes, rows_per_shard=rows)
+    path = str(tmp_path / "codes" / "shard-000000.safetensors")
+    accumulator = _core.ExampleAccumulator(64, 2, 0, 0)
+    many = [(Path(path), i * rows, rows) for i in range(300)]
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            seen.add(Path("/proc/self/maps").read_text().count(path))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        accumulator.add_shards(many, 2)
+    finally:
+        done.set()
+        looking.join()
+    assert max(seen) <= 5
+    assert path not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.usefixtures("every_shard_a_group")
@@ -135,8 +168,13 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         collect_examples(tmp_path / "two", n=3, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="made from other shards"):
         collect_examples(tmp_path / "one", n=3, checkpoint=checkpoint, first_row=5)
-    with pytest.raises(ValueError, match="n = 3; the run is of d_sae = 37 and n = 4"):
-        collect_examples(tmp_path / "one", n=4, checkpoint=checkpoint)
+    for changes, words in (
+        ({"n": 4}, "n = 3, .* the run is of d_sae = 37 and n = 4,"),
+        ({"samples": 2}, "samples = 4, .* samples = 2,"),
+        ({"seed": 7}, "seed = 0; .* seed = 7;"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            collect_examples(tmp_path / "one", **{"n": 3, **changes}, checkpoint=checkpoint)
     assert checkpoint.read_bytes() == kept
     collect_examples(tmp_path / "one", n=3).save(checkpoint)  # examples, but no checkpoint
     with pytest.raises(ValueError, match="made from other shards"):
@@ -150,7 +188,7 @@ def test_a_shard_of_other_rows_than_the_manifest_says(tmp_path: Path) -> None:
     write(tmp_path / "codes", some_codes(20), rows_per_shard=20)
     path = CodeShards(tmp_path / "codes").paths[0]
     with pytest.raises(ShardError, match=r"holds 20 rows, but its manifest line says 21"):
-        _core.ExampleAccumulator(D_SAE, 2).add_shards([(path, 0, 21)], 1)
+        _core.ExampleAccumulator(D_SAE, 2, 0, 0).add_shards([(path, 0, 21)], 1)
 
 
 class _StopNow(Exception):
@@ -171,7 +209,7 @@ def test_a_signal_stops_the_core_within_a_second(tmp_path: Path) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _StopNow
 
-    accumulator = _core.ExampleAccumulator(1000, 5)
+    accumulator = _core.ExampleAccumulator(1000, 5, 4, 0)
     before = signal.signal(signal.SIGALRM, stop)
     start = time.monotonic()
     try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.examples.ranges import RowRanges
-from r1sae_fast.examples.result import Examples, from_accumulator
+from r1sae_fast.examples.result import Examples, Keep, from_accumulator
 
 if TYPE_CHECKING:
     from r1sae_fast.shards import CodeShards
@@ -27,6 +27,8 @@ def collect_examples(
     codes: CodeShards | StrPath | SparseCodes | CodeBatches,
     n: int = 20,
     *,
+    samples: int = 4,
+    seed: int = 0,
     first_row: int = 0,
     threads: int | None = None,
     checkpoint: StrPath | None = None,
@@ -41,6 +43,9 @@ def collect_examples(
             rows are numbered on from ``first_row`` (leading dimensions count as flattened); or
             pairs ``(first_row, SparseCodes)`` in any order, where each batch brings its own number.
         n: examples to keep of each feature, 1 to 65535.
+        samples: rows to keep of each bin of a feature's histogram, 0 to 255; see
+            :meth:`Examples.intervals`.
+        seed: decides, with the rows alone, which ones.
         first_row: the number of the first row; of shards too.
         threads: at most so many; default: all CPUs. They don't change the result.
         checkpoint: a file to which the state is saved now and then, and from which the same call
@@ -56,7 +61,7 @@ def collect_examples(
         ShardError: a damaged shard; the file is named.
         ValueError: a negative strength; a feature twice in a row (named); batches that hold the
             same row; codes of another d_sae; no codes at all; a checkpoint of other shards or
-            another n; n out of range.
+            another n; n, samples or seed out of range.
     """
     from r1sae_fast.examples.shard_run import ShardRun
     from r1sae_fast.shards import CodeShards
@@ -68,7 +73,7 @@ def collect_examples(
     if isinstance(codes, str | os.PathLike):
         codes = CodeShards(codes)
     if isinstance(codes, CodeShards):
-        run = ShardRun.of(codes, n, first_row, threads)
+        run = ShardRun.of(codes, Keep(n, samples, seed), first_row, threads)
         saved = None if checkpoint is None else Path(checkpoint)
         return run.finish(saved, checkpoint_seconds, progress)
     if checkpoint is not None:
@@ -76,11 +81,11 @@ def collect_examples(
             "checkpoint needs code shards, which can be read again from where a run stopped; "
             "write the codes with CodeWriter first, or leave checkpoint out"
         )
-    return _collect_batches(codes, n, first_row, threads)
+    return _collect_batches(codes, Keep(n, samples, seed), first_row, threads)
 
 
 def _collect_batches(
-    codes: SparseCodes | CodeBatches, n: int, first_row: int, threads: int
+    codes: SparseCodes | CodeBatches, keep: Keep, first_row: int, threads: int
 ) -> Examples:
     batches: CodeBatches = [codes] if isinstance(codes, SparseCodes) else codes
     accumulator: _core.ExampleAccumulator | None = None
@@ -98,7 +103,7 @@ def _collect_batches(
             )
         if accumulator is None:
             d_sae = batch.d_sae
-            accumulator = _core.ExampleAccumulator(d_sae, n)
+            accumulator = keep.accumulator(d_sae)
         elif batch.d_sae != d_sae:
             raise ValueError(f"codes of d_sae = {batch.d_sae} follow codes of d_sae = {d_sae}")
         added.add(first_row, first_row + batch.rows)
@@ -106,7 +111,7 @@ def _collect_batches(
         first_row += batch.rows
     if accumulator is None:
         raise ValueError("no codes: expected at least one SparseCodes (it may have no rows)")
-    return from_accumulator(accumulator)
+    return from_accumulator(accumulator, added, keep.samples, keep.seed)
 
 
 def _arrays(

@@ -14,15 +14,39 @@ from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.atomic import write_bytes
+from r1sae_fast.examples.intervals import Interval, intervals
+from r1sae_fast.examples.ranges import RowRanges
 
 _FORMAT = "r1sae-examples"
-_VERSION = "1"
+_VERSION = "2"
 _TENSORS = {
-    "strengths": torch.float32,
-    "rows": torch.int64,
-    "histogram": torch.int64,
-    "fixed_sums": torch.int64,
+    # name: dtype, dimensions
+    "strengths": (torch.float32, 2),
+    "rows": (torch.int64, 2),
+    "histogram": (torch.int64, 2),
+    "fixed_sums": (torch.int64, 2),
+    "sample_offsets": (torch.int64, 1),
+    "sample_strengths": (torch.float32, 1),
+    "sample_rows": (torch.int64, 1),
+    "row_ranges": (torch.int64, 2),
 }
+_NUMBERS = ("scanned", "samples", "seed")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What to keep of every feature; see :func:`collect_examples`."""
+
+    n: int
+    samples: int
+    seed: int
+
+    def accumulator(self, d_sae: int) -> _core.ExampleAccumulator:
+        """One that has seen nothing."""
+        for name, value, limit in (("samples", self.samples, 255), ("seed", self.seed, 2**64 - 1)):
+            if not 0 <= value <= limit:
+                raise ValueError(f"{name} is {value}; expected 0 to {limit}")
+        return _core.ExampleAccumulator(d_sae, self.n, self.samples, self.seed)
 
 
 def histogram_edges() -> Tensor:
@@ -47,14 +71,28 @@ class Examples:
             are :func:`histogram_edges`.
         fixed_sums: ``[d_sae, 2]`` int64, the exact sum of strengths in units of 2^-64: the bits of
             the low and the high half of an unsigned 128-bit integer. See :attr:`sums`.
+        sample_offsets: ``[d_sae + 1]`` int64: the samples of feature f are
+            ``sample_offsets[f]:sample_offsets[f + 1]`` of what follows. See :meth:`intervals`.
+        sample_strengths: float32, of each feature by rising bin of the histogram.
+        sample_rows: int64, of each bin a uniform sample (all rows, if they are at most
+            ``samples``), which ``seed`` and the rows alone decide.
+        row_ranges: ``[ranges, 2]`` int64, the rows that were scanned: first and one after the last.
         scanned: the number of rows in all, those where nothing was active too.
+        samples: the most rows sampled of a bin.
+        seed: of the samples.
     """
 
     strengths: Tensor
     rows: Tensor
     histogram: Tensor
     fixed_sums: Tensor
+    sample_offsets: Tensor
+    sample_strengths: Tensor
+    sample_rows: Tensor
+    row_ranges: Tensor
     scanned: int
+    samples: int
+    seed: int
 
     @property
     def d_sae(self) -> int:
@@ -90,18 +128,48 @@ class Examples:
         """``[d_sae]`` float64: the share of all rows in which each feature was active."""
         return self.counts.double() / max(self.scanned, 1)
 
+    def intervals(
+        self, feature: int, count: int = 5, per_interval: int = 5, by: str = "strength"
+    ) -> list[Interval]:
+        """Examples of a feature from the whole range of its strengths, weakest interval first.
+
+        Args:
+            feature: 0 to d_sae - 1.
+            count: at most so many intervals; fewer where they would lie within one bin of the
+                histogram, to whose edges theirs are moved.
+            per_interval: at most so many examples of each, a uniform sample of the rows in it.
+                Fewer are found where ``samples`` is less, or the interval has fewer.
+            by: "strength": intervals of the same width from 0 to the largest strength;
+                "count": of the same number of activations, as near as the bins allow.
+
+        Raises:
+            IndexError: no such feature.
+            ValueError: a bad ``count``, ``per_interval`` or ``by``.
+        """
+        if not 0 <= feature < self.d_sae:
+            raise IndexError(f"feature {feature} is out of range for {self.d_sae} features")
+        span = slice(int(self.sample_offsets[feature]), int(self.sample_offsets[feature + 1]))
+        return intervals(
+            self.histogram[feature].numpy(),
+            self.sample_strengths[span].numpy(),
+            self.sample_rows[span].numpy(),
+            (self.samples, self.seed),
+            float(self.strengths[feature, 0]),
+            (count, per_interval, by),
+        )
+
     def merge(self, other: Examples) -> Examples:
         """Examples of the rows of both, exactly as if collected at once.
 
-        The rows of the two must differ. Only the rows kept as examples can be compared, so not
-        every overlap is found: rows that stronger ones have pushed out are counted again unseen.
-
         Raises:
-            ValueError: another d_sae or n, or a row that both hold as an example.
+            ValueError: another d_sae, n, samples or seed, or rows that both have scanned.
         """
-        joined = self.accumulator()
-        joined.merge(other.accumulator())
-        return from_accumulator(joined)
+        joined = RowRanges.of_tensor(self.row_ranges)
+        for start, stop in other.row_ranges.tolist():
+            joined.add(start, stop)
+        accumulator = self.accumulator()
+        accumulator.merge(other.accumulator())
+        return from_accumulator(accumulator, joined, self.samples, self.seed)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, whole or not at all."""
@@ -120,9 +188,8 @@ class Examples:
     def equal(self, other: Examples) -> bool:
         """Whether both hold the same in every bit."""
         mine, theirs = self._tensors(), other._tensors()
-        return self.scanned == other.scanned and all(
-            torch.equal(mine[name], theirs[name]) for name in mine
-        )
+        same = all(getattr(self, name) == getattr(other, name) for name in _NUMBERS)
+        return same and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def __repr__(self) -> str:
         alive = int((self.histogram.sum(dim=1) > 0).sum())
@@ -136,7 +203,8 @@ class Examples:
 
     def write(self, path: Path, extra: dict[str, str]) -> None:
         """:meth:`save`, with more entries in the file's header."""
-        header = {"format": _FORMAT, "version": _VERSION, "scanned": str(self.scanned), **extra}
+        numbers = {name: str(getattr(self, name)) for name in _NUMBERS}
+        header = {"format": _FORMAT, "version": _VERSION, **numbers, **extra}
         write_bytes(path, save(self._tensors(), metadata=header))
 
     def accumulator(self) -> _core.ExampleAccumulator:
@@ -145,24 +213,36 @@ class Examples:
         Raises:
             ValueError: tensors that no collection can have produced.
         """
-        return _core.ExampleAccumulator.from_parts(
+        parts = (
             self.strengths.numpy(),
             self.rows.numpy(),
             self.histogram.numpy().view(np.uint64),
             self.fixed_sums.numpy().view(np.uint64),
+            self.sample_offsets.numpy(),
+            self.sample_strengths.numpy(),
+            self.sample_rows.numpy(),
             self.scanned,
         )
+        return _core.ExampleAccumulator.from_parts(parts, self.samples, self.seed)
 
 
-def from_accumulator(accumulator: _core.ExampleAccumulator) -> Examples:
-    """What the core has collected."""
-    strengths, rows, histogram, sums, scanned = accumulator.parts()
+def from_accumulator(
+    accumulator: _core.ExampleAccumulator, rows: RowRanges, samples: int, seed: int
+) -> Examples:
+    """What the core has collected, of these rows."""
+    strengths, ids, histogram, sums, offsets, sampled, sampled_ids, scanned = accumulator.parts()
     return Examples(
         strengths=torch.from_numpy(strengths),
-        rows=torch.from_numpy(rows),
+        rows=torch.from_numpy(ids),
         histogram=torch.from_numpy(histogram.view(np.int64)),
         fixed_sums=torch.from_numpy(sums.view(np.int64)),
+        sample_offsets=torch.from_numpy(offsets),
+        sample_strengths=torch.from_numpy(sampled),
+        sample_rows=torch.from_numpy(sampled_ids),
+        row_ranges=rows.to_tensor(),
         scanned=scanned,
+        samples=samples,
+        seed=seed,
     )
 
 
@@ -184,15 +264,18 @@ def read(path: Path) -> tuple[Examples, dict[str, str]]:
         raise ValueError(
             f"{path}: not a whole safetensors file ({error}); collect the examples again"
         ) from None
-    for name, dtype in _TENSORS.items():
-        if tensors[name].dtype != dtype or tensors[name].dim() != 2:
+    for name, (dtype, dimensions) in _TENSORS.items():
+        if tensors[name].dtype != dtype or tensors[name].dim() != dimensions:
             raise ValueError(
                 f"{path}: {name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}; "
-                f"expected {dtype} with two dimensions"
+                f"expected {dtype} with {dimensions} dimensions"
             )
     try:
-        examples = Examples(**tensors, scanned=int(header["scanned"]))
+        scanned, samples, seed = (int(header[name]) for name in _NUMBERS)
+        examples = Examples(**tensors, scanned=scanned, samples=samples, seed=seed)
         examples.accumulator()
+        if RowRanges.of_tensor(examples.row_ranges).count() != examples.scanned:
+            raise ValueError(f"its row_ranges are not of {examples.scanned} rows")
     except (KeyError, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: {error}; collect the examples again") from None
     return examples, header

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1sae_fast import _core
-from r1sae_fast.examples.result import Examples, from_accumulator, read
+from r1sae_fast.examples.ranges import RowRanges
+from r1sae_fast.examples.result import Examples, Keep, from_accumulator, read
 from r1sae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
     from r1sae_fast.shards import CodeShards
 
-# Codes between two looks at the clock and the progress bar: a fraction of a second each.
-_GROUP_NNZ = 1 << 25
+# Codes between two looks at the clock and the progress bar, about a second's: what threads have
+# counted is joined after each, and all of a group is lost when it is stopped.
+_GROUP_NNZ = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,18 @@ class ShardRun:
 
     files: list[ShardFile]
     d_sae: int
-    n: int
+    keep: Keep
     first_row: int
     threads: int
 
     @classmethod
-    def of(cls, codes: CodeShards, n: int, first_row: int, threads: int) -> ShardRun:
+    def of(cls, codes: CodeShards, keep: Keep, first_row: int, threads: int) -> ShardRun:
         """A pass over all shards of a folder."""
         files = [
             ShardFile(codes.folder / entry.file, entry.rows, entry.nnz or 0, entry.xxh3)
             for entry in codes._manifest.entries
         ]
-        return cls(files, codes.d_sae, n, first_row, threads)
+        return cls(files, codes.d_sae, keep, first_row, threads)
 
     def finish(self, checkpoint: Path | None, seconds: float, progress: bool | None) -> Examples:
         """Runs, or goes on from the checkpoint, to the end."""
@@ -72,7 +74,12 @@ class ShardRun:
             # Also when stopped by ctrl-c or by a bad shard: a group is added whole or not at all.
             if checkpoint is not None and accumulator.scanned > saved:
                 self._save(accumulator, checkpoint)
-        return from_accumulator(accumulator)
+        return self._examples(accumulator)
+
+    def _examples(self, accumulator: _core.ExampleAccumulator) -> Examples:
+        rows = RowRanges()
+        rows.add(self.first_row, self.first_row + accumulator.scanned)
+        return from_accumulator(accumulator, rows, self.keep.samples, self.keep.seed)
 
     def _starts(self) -> list[int]:
         """The number of each shard's first row, and of the row after the last."""
@@ -102,16 +109,18 @@ class ShardRun:
     def _save(self, accumulator: _core.ExampleAccumulator, path: Path) -> None:
         done = self._done(accumulator)
         header = {"shards_done": str(done), "shards_digest": self._digest(done)}
-        from_accumulator(accumulator).write(path, header)
+        self._examples(accumulator).write(path, header)
 
     def _start(self, path: Path | None) -> _core.ExampleAccumulator:
         if path is None or not path.exists():
-            return _core.ExampleAccumulator(self.d_sae, self.n)
+            return self.keep.accumulator(self.d_sae)
         examples, header = read(path)
-        if (examples.d_sae, examples.n) != (self.d_sae, self.n):
+        saved = Keep(examples.n, examples.samples, examples.seed)
+        if (examples.d_sae, saved) != (self.d_sae, self.keep):
             raise ValueError(
-                f"{path}: this checkpoint is of d_sae = {examples.d_sae} and n = {examples.n}; the "
-                f"run is of d_sae = {self.d_sae} and n = {self.n}; delete it or name another file"
+                f"{path}: this checkpoint is of d_sae = {examples.d_sae} and {_words(saved)}; the "
+                f"run is of d_sae = {self.d_sae} and {_words(self.keep)}; delete it or name "
+                "another file"
             )
         done = int(header.get("shards_done", "-1"))
         if not 0 <= done <= len(self.files) or header.get("shards_digest") != self._digest(done):
@@ -120,3 +129,7 @@ class ShardRun:
                 f"{len(self.files)}; delete it or name another file"
             )
         return examples.accumulator()
+
+
+def _words(keep: Keep) -> str:
+    return f"n = {keep.n}, samples = {keep.samples}, seed = {keep.seed}"

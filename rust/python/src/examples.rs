@@ -5,20 +5,37 @@ use std::path::PathBuf;
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use r1sae_core::examples::{collect, histogram, Accumulator, CodesView};
-use r1sae_core::shard::{CodeShardReader, Indices, Values};
-use r1sae_core::{Error, Result};
+use r1sae_core::examples::samples::Ranking;
+use r1sae_core::examples::{
+    collect, collect_shards, histogram, Accumulator, CodesView, Keep, Parts, ShardFile,
+};
+use r1sae_core::shard::{Indices, Values};
 
 use crate::errors::to_py;
 use crate::interrupt::run_interruptible;
 
-/// Strengths and rows `[d_sae, n]`, histogram `[d_sae, bins]`, sums `[d_sae, 2]`
-/// (low and high half of a count of 2^-64), rows scanned.
-type Parts<'py> = (
+/// Strengths and rows `[d_sae, n]`, histogram `[d_sae, bins]`, sums `[d_sae, 2]` (low and high half
+/// of a count of 2^-64), offsets `[d_sae + 1]` of samples and their strengths and rows, rows scanned.
+type PartsTuple<'py> = (
     Bound<'py, PyArray2<f32>>,
     Bound<'py, PyArray2<i64>>,
     Bound<'py, PyArray2<u64>>,
     Bound<'py, PyArray2<u64>>,
+    Bound<'py, PyArray1<i64>>,
+    Bound<'py, PyArray1<f32>>,
+    Bound<'py, PyArray1<i64>>,
+    u64,
+);
+
+/// [`PartsTuple`] as arguments.
+type PartsArguments<'py> = (
+    PyReadonlyArray2<'py, f32>,
+    PyReadonlyArray2<'py, i64>,
+    PyReadonlyArray2<'py, u64>,
+    PyReadonlyArray2<'py, u64>,
+    PyReadonlyArray1<'py, i64>,
+    PyReadonlyArray1<'py, f32>,
+    PyReadonlyArray1<'py, i64>,
     u64,
 );
 
@@ -28,32 +45,50 @@ pub struct ExampleAccumulator(Accumulator);
 
 #[pymethods]
 impl ExampleAccumulator {
+    /// Keeps of each feature the `n` strongest rows, and of each bin of its histogram `samples`
+    /// rows, which ones being decided by `seed`.
     #[new]
-    fn new(d_sae: usize, n: usize) -> PyResult<Self> {
-        Accumulator::new(d_sae, n).map(Self).map_err(to_py)
+    fn new(py: Python<'_>, d_sae: usize, n: usize, samples: usize, seed: u64) -> PyResult<Self> {
+        let keep = Keep { n, samples, seed };
+        py.detach(|| Accumulator::new(d_sae, keep))
+            .map(Self)
+            .map_err(to_py)
     }
 
     /// From what `parts` gave.
     #[staticmethod]
     fn from_parts(
         py: Python<'_>,
-        strengths: PyReadonlyArray2<'_, f32>,
-        rows: PyReadonlyArray2<'_, i64>,
-        histogram: PyReadonlyArray2<'_, u64>,
-        sums: PyReadonlyArray2<'_, u64>,
-        scanned: u64,
+        parts: PartsArguments<'_>,
+        samples: usize,
+        seed: u64,
     ) -> PyResult<Self> {
+        let (strengths, rows, histogram, halves, offsets, sample_strengths, sample_rows, scanned) =
+            &parts;
         let [d_sae, n] = *strengths.as_array().shape() else {
             return Err(PyTypeError::new_err("strengths must have two dimensions"));
         };
         let (strengths, rows) = (strengths.as_slice()?, rows.as_slice()?);
-        let (histogram, halves) = (histogram.as_slice()?, sums.as_slice()?);
+        let (histogram, halves) = (histogram.as_slice()?, halves.as_slice()?);
+        let (sample_offsets, sample_rows) = (offsets.as_slice()?, sample_rows.as_slice()?);
+        let sample_strengths = sample_strengths.as_slice()?;
+        let (keep, scanned) = (Keep { n, samples, seed }, *scanned);
         let restore = || {
             let sums: Vec<u128> = halves
                 .chunks_exact(2)
                 .map(|half| u128::from(half[1]) << 64 | u128::from(half[0]))
                 .collect();
-            Accumulator::from_parts(d_sae, n, strengths, rows, histogram, &sums, scanned)
+            let parts = Parts {
+                strengths,
+                rows,
+                histogram,
+                sums: &sums,
+                sample_offsets,
+                sample_strengths,
+                sample_rows,
+                scanned,
+            };
+            Accumulator::from_parts(d_sae, keep, &parts)
         };
         py.detach(restore).map(Self).map_err(to_py)
     }
@@ -97,28 +132,23 @@ impl ExampleAccumulator {
         threads: usize,
     ) -> PyResult<()> {
         let accumulator = &mut self.0;
+        let files: Vec<ShardFile> = shards
+            .into_iter()
+            .map(|(path, first_row, rows)| ShardFile {
+                path,
+                first_row,
+                rows,
+            })
+            .collect();
         run_interruptible(py, move |cancel| {
-            let readers = shards.iter().map(open).collect::<Result<Vec<_>>>()?;
-            let view =
-                |(reader, shard): (_, &(PathBuf, i64, usize))| CodesView::of_shard(reader, shard.1);
-            let views = readers.iter().zip(&shards).map(view);
-            collect(
-                accumulator,
-                &views.collect::<Result<Vec<_>>>()?,
-                threads,
-                cancel,
-            )
+            collect_shards(accumulator, &files, threads, cancel)
         })
     }
 
     /// Adds what another one collected from other rows.
-    fn merge(&mut self, py: Python<'_>, other: &Self) -> PyResult<()> {
-        let (mine, theirs) = (&mut self.0, &other.0);
-        py.detach(move || -> Result<(), Error> {
-            mine.check_disjoint(theirs)?;
-            mine.merge(theirs)
-        })
-        .map_err(to_py)
+    fn merge(&mut self, py: Python<'_>, other: &mut Self) -> PyResult<()> {
+        let (mine, theirs) = (&mut self.0, &mut other.0);
+        py.detach(move || mine.merge(theirs)).map_err(to_py)
     }
 
     /// How many rows were scanned so far; a call that fails adds none.
@@ -128,16 +158,18 @@ impl ExampleAccumulator {
     }
 
     /// Everything collected so far.
-    fn parts<'py>(&self, py: Python<'py>) -> PyResult<Parts<'py>> {
-        let accumulator = &self.0;
+    fn parts<'py>(&mut self, py: Python<'py>) -> PyResult<PartsTuple<'py>> {
+        let accumulator = &mut self.0;
         let (d_sae, n) = (accumulator.d_sae(), accumulator.n());
-        let ((strengths, rows), histogram, sums) = py.detach(|| {
+        let scanned = accumulator.scanned();
+        let ((strengths, rows), histogram, sums, samples) = py.detach(|| {
             let halves = |&sum: &u128| [sum as u64, (sum >> 64) as u64];
             let sums: Vec<u64> = accumulator.sums().iter().flat_map(halves).collect();
             (
                 accumulator.examples(),
                 accumulator.histogram().to_vec(),
                 sums,
+                accumulator.samples(),
             )
         });
         Ok((
@@ -145,19 +177,24 @@ impl ExampleAccumulator {
             PyArray1::from_vec(py, rows).reshape([d_sae, n])?,
             PyArray1::from_vec(py, histogram).reshape([d_sae, histogram::BINS])?,
             PyArray1::from_vec(py, sums).reshape([d_sae, 2])?,
-            accumulator.scanned(),
+            PyArray1::from_vec(py, samples.0),
+            PyArray1::from_vec(py, samples.1),
+            PyArray1::from_vec(py, samples.2),
+            scanned,
         ))
     }
 }
 
-fn open((path, _, rows): &(PathBuf, i64, usize)) -> Result<CodeShardReader> {
-    let reader = CodeShardReader::open(path)?;
-    match reader.rows() {
-        found if found == *rows => Ok(reader),
-        found => Err(reader.bad(format!(
-            "holds {found} rows, but its manifest line says {rows}"
-        ))),
-    }
+/// The rank of each row: of each bin, rows of lower ranks are sampled.
+#[pyfunction]
+pub fn example_sample_ranks<'py>(
+    py: Python<'py>,
+    rows: PyReadonlyArray1<'_, i64>,
+    seed: u64,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let ranking = Ranking { seed };
+    let ranks = rows.as_slice()?.iter().map(|&row| ranking.rank(row));
+    Ok(PyArray1::from_vec(py, ranks.collect()))
 }
 
 /// The edges of the histogram's bins.

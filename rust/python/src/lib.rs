@@ -23,5 +23,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     shards::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;
     module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;
+    module.add_function(wrap_pyfunction!(examples::example_sample_ranks, module)?)?;
     Ok(())
 }

@@ -3,13 +3,12 @@
 use std::ops::Range;
 use std::path::Path;
 
-use half::bf16;
-
 use crate::shard::{CodeShardReader, Indices, Values};
 use crate::{Error, Result};
 
 /// A stored feature id.
 pub(super) trait Index: Copy + Sync {
+    /// At most `u32::MAX`.
     fn feature(self) -> usize;
 }
 
@@ -29,20 +28,27 @@ impl Index for u32 {
 
 /// A stored strength.
 pub(super) trait Value: Copy + Sync {
-    fn strength(self) -> f32;
+    /// The bits of the strength as an f32.
+    fn bits(self) -> u32;
+
+    #[inline]
+    fn strength(self) -> f32 {
+        f32::from_bits(self.bits())
+    }
 }
 
 impl Value for f32 {
     #[inline]
-    fn strength(self) -> f32 {
-        self
+    fn bits(self) -> u32 {
+        self.to_bits()
     }
 }
 
 impl Value for u16 {
+    // The upper half of an f32's.
     #[inline]
-    fn strength(self) -> f32 {
-        bf16::from_bits(self).to_f32()
+    fn bits(self) -> u32 {
+        u32::from(self) << 16
     }
 }
 

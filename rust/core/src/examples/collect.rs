@@ -1,26 +1,28 @@
 //! One pass over codes, on several threads.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::accumulator::Accumulator;
 use super::codes::{CodesView, Seen};
+use super::histogram::{bin_of, BINS};
+use super::stage::WINDOW;
+use crate::shard::{CodeShardReader, Values};
 use crate::{Cancel, Result};
 
 /// Rows that a thread takes at a time.
 const UNIT_ROWS: usize = 4096;
-/// Below this many codes for each thread, a thread's own accumulator costs more
-/// than it saves.
-const MIN_NNZ_PER_THREAD: usize = 1 << 20;
-/// Up to this many codes (a fraction of a second) one thread needs no accumulator
-/// of its own at all.
-const DIRECT_NNZ: usize = 1 << 24;
-/// Codes that are checked and scanned at a time: they stay in the nearest cache
-/// between the two, and a look at the cancel flag each time costs nothing.
+/// Below this many codes (hundredths of a second) for each thread, settling what the threads have
+/// counted costs more than they save.
+const MIN_NNZ_PER_THREAD: usize = 1 << 24;
+/// Codes that are checked between two looks at the cancel flag.
 const BLOCK_NNZ: i64 = 1 << 14;
+/// Codes that are looked at to find out which strengths are usual.
+const LOOK_NNZ: usize = 1 << 14;
 
-/// Adds all codes of all views to `accumulator`, on up to `threads` threads, each
-/// of which needs an accumulator of its own for the time. On an error, or when
+/// Adds all codes of all views to `accumulator`, on up to `threads` threads. On an error, or when
 /// cancelled, `accumulator` is as it was.
 pub fn collect(
     accumulator: &mut Accumulator,
@@ -30,77 +32,244 @@ pub fn collect(
 ) -> Result<()> {
     let nnz: usize = views.iter().map(CodesView::nnz).sum();
     let wanted = threads.clamp(1, (nnz / MIN_NNZ_PER_THREAD).max(1));
+    if wanted == 1 && nnz < 2 * MIN_NNZ_PER_THREAD {
+        return add_directly(accumulator, views, cancel);
+    }
     collect_on(accumulator, views, wanted, cancel)
 }
 
-/// Checks everything before adding anything; the second walk can't fail and is
-/// short, so it needs no look at the cancel flag.
+/// Checks everything before adding anything, so that the accumulator needs no settling on account
+/// of this call: many small batches are added that way.
 fn add_directly(
     accumulator: &mut Accumulator,
     views: &[CodesView<'_>],
     cancel: &Cancel,
 ) -> Result<()> {
     let mut seen = Seen::new(accumulator.d_sae());
-    for (view, rows) in units(views) {
-        for block in blocks(view, rows)? {
-            cancel.check()?;
-            view.check(block, &mut seen)?;
+    for view in views {
+        for unit in cut(0, view.rows()) {
+            for block in blocks(view, unit.rows)? {
+                cancel.check()?;
+                view.check(block, &mut seen)?;
+            }
         }
     }
-    for view in views {
-        accumulator.add_checked(view, 0..view.rows());
+    let base = || views.iter().map(usual_bins).max().unwrap_or_default().1;
+    if let Some(scan) = accumulator.scan(base)? {
+        for view in views {
+            // It was checked, so nothing fails; it is short, so nobody cancels it.
+            scan.add(view, 0..view.rows(), &Cancel::new())?;
+        }
     }
+    accumulator.scanned += views.iter().map(|view| view.rows() as u64).sum::<u64>();
     Ok(())
 }
 
-/// [`collect`] on exactly this many threads.
+/// [`collect`] on exactly this many threads, in one walk.
 fn collect_on(
     accumulator: &mut Accumulator,
     views: &[CodesView<'_>],
     threads: usize,
     cancel: &Cancel,
 ) -> Result<()> {
-    let nnz: usize = views.iter().map(CodesView::nnz).sum();
-    if threads == 1 && nnz <= DIRECT_NNZ {
-        return add_directly(accumulator, views, cancel);
+    let units: Vec<_> = views
+        .iter()
+        .enumerate()
+        .flat_map(|(part, view)| cut(part, view.rows()))
+        .collect();
+    let base = || views.iter().map(usual_bins).max().unwrap_or_default().1;
+    run(accumulator, &units, threads, base, |scan, unit| {
+        scan.add(&views[unit.part], unit.rows.clone(), cancel)
+    })
+}
+
+/// A code shard to be read.
+#[derive(Debug, Clone)]
+pub struct ShardFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The id of its first row.
+    pub first_row: i64,
+    /// How many rows the manifest lists.
+    pub rows: usize,
+}
+
+/// [`collect`] from shards, of which only those are mapped that threads are at work on (and the
+/// one after them, which the system is told to fetch).
+pub fn collect_shards(
+    accumulator: &mut Accumulator,
+    files: &[ShardFile],
+    threads: usize,
+    cancel: &Cancel,
+) -> Result<()> {
+    let units: Vec<_> = files
+        .iter()
+        .enumerate()
+        .flat_map(|(part, file)| cut(part, file.rows))
+        .collect();
+    let shards = OpenShards::new(files);
+    // A file of no rows makes no unit, but must be there all the same.
+    for (part, _) in files.iter().enumerate().filter(|(_, file)| file.rows == 0) {
+        shards.get(part)?;
+        shards.close(part);
     }
-    let units = units(views);
+    let base = || {
+        let first = units.first().map(|unit| shards.get(unit.part));
+        match first {
+            Some(Ok(shard)) => CodesView::of_shard(&shard, 0).map_or(0, |view| usual_bins(&view).1),
+            _ => 0,
+        }
+    };
+    let threads = threads.clamp(1, units.len().max(1));
+    run(accumulator, &units, threads, base, |scan, unit| {
+        cancel.check()?;
+        let shard = shards.get(unit.part)?;
+        shards.fetch(unit.part + 1);
+        let view = CodesView::of_shard(&shard, files[unit.part].first_row)?;
+        scan.add(&view, unit.rows.clone(), cancel)?;
+        shards.done(unit.part);
+        Ok(())
+    })
+}
+
+/// Rows of a view or file, that one thread scans.
+#[derive(Debug, Clone)]
+struct Unit {
+    part: usize,
+    rows: Range<usize>,
+}
+
+/// Cuts a part of that many rows.
+fn cut(part: usize, rows: usize) -> impl Iterator<Item = Unit> {
+    let range = move |start| start..rows.min(start + UNIT_ROWS);
+    (0..rows).step_by(UNIT_ROWS).map(move |start| Unit {
+        part,
+        rows: range(start),
+    })
+}
+
+/// Has the threads scan all units, in no particular order; all is added or nothing.
+fn run(
+    accumulator: &mut Accumulator,
+    units: &[Unit],
+    threads: usize,
+    base: impl FnOnce() -> usize,
+    scan_unit: impl Fn(&mut super::scan::Scan, &Unit) -> Result<()> + Sync,
+) -> Result<()> {
+    let mut scans = accumulator.take_scans(threads, base)?;
     let next = AtomicUsize::new(0);
-    let work = || -> Result<Accumulator> {
-        let mut own = Accumulator::new(accumulator.d_sae(), accumulator.n())?;
-        let mut seen = Seen::new(accumulator.d_sae());
-        while let Some((view, rows)) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = add_unit(&mut own, &mut seen, view, rows.clone(), cancel) {
+    let work = |scan: &mut super::scan::Scan| -> Result<()> {
+        while let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = scan_unit(scan, unit) {
                 // The others need not finish what will be thrown away.
                 next.store(units.len(), Ordering::Relaxed);
                 return Err(error);
             }
         }
-        Ok(own)
+        Ok(())
     };
-    let parts: Vec<Result<Accumulator>> = std::thread::scope(|scope| {
-        let helpers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut parts = vec![work()];
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let work = &work;
+        let mut rest = scans.iter_mut();
+        let own = rest.next();
+        let helpers: Vec<_> = rest.map(|scan| scope.spawn(move || work(scan))).collect();
+        let mut results: Vec<_> = own.map(work).into_iter().collect();
         for helper in helpers {
             match helper.join() {
-                Ok(part) => parts.push(part),
+                Ok(result) => results.push(result),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        parts
+        results
     });
-    let parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
-    parts.iter().try_for_each(|part| accumulator.merge(part))
+    results.into_iter().collect::<Result<()>>()?;
+    accumulator.put_back(scans);
+    accumulator.scanned += units.iter().map(|unit| unit.rows.len() as u64).sum::<u64>();
+    Ok(())
 }
 
-/// Cuts the views into ranges of rows.
-fn units<'v, 'a>(views: &'v [CodesView<'a>]) -> Vec<(&'v CodesView<'a>, Range<usize>)> {
-    let cut = |view: &'v CodesView<'a>| {
-        (0..view.rows())
-            .step_by(UNIT_ROWS)
-            .map(move |start| (view, start..view.rows().min(start + UNIT_ROWS)))
+/// How many of a view's first strengths fall into the best window of bins, and its first bin.
+fn usual_bins(view: &CodesView<'_>) -> (usize, usize) {
+    let mut counts = [0_usize; BINS];
+    let mut count = |strength: f32| {
+        if strength > 0.0 && strength.is_finite() {
+            counts[bin_of(strength)] += 1;
+        }
     };
-    views.iter().flat_map(cut).collect()
+    match view.values() {
+        Values::F32(values) => values.iter().take(LOOK_NNZ).for_each(|&value| count(value)),
+        Values::Bf16(values) => values
+            .iter()
+            .take(LOOK_NNZ)
+            .for_each(|&bits| count(f32::from_bits(u32::from(bits) << 16))),
+    }
+    (0..=BINS - WINDOW)
+        .map(|base| (counts[base..base + WINDOW].iter().sum(), base))
+        .max()
+        .unwrap_or_default()
+}
+
+/// Shards, each mapped while there is work on it.
+struct OpenShards<'f> {
+    files: &'f [ShardFile],
+    shards: Vec<Mutex<Option<Arc<CodeShardReader>>>>,
+    /// Units of each that are yet to be done.
+    left: Vec<AtomicUsize>,
+}
+
+impl<'f> OpenShards<'f> {
+    fn new(files: &'f [ShardFile]) -> Self {
+        let units = |file: &ShardFile| AtomicUsize::new(file.rows.div_ceil(UNIT_ROWS));
+        Self {
+            files,
+            shards: files.iter().map(|_| Mutex::new(None)).collect(),
+            left: files.iter().map(units).collect(),
+        }
+    }
+
+    /// Shard `part`, opened by the first who asks.
+    fn get(&self, part: usize) -> Result<Arc<CodeShardReader>> {
+        let mut slot = self.shards[part]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(shard) = &*slot {
+            return Ok(Arc::clone(shard));
+        }
+        let file = &self.files[part];
+        let shard = CodeShardReader::open(&file.path)?;
+        if shard.rows() != file.rows {
+            return Err(shard.bad(format!(
+                "holds {} rows, but its manifest line says {}",
+                shard.rows(),
+                file.rows
+            )));
+        }
+        shard.will_be_read();
+        let shard = Arc::new(shard);
+        *slot = Some(Arc::clone(&shard));
+        Ok(shard)
+    }
+
+    /// Opens shard `part` early, so that the system fetches it meanwhile. What is wrong with it is
+    /// told when its turn comes.
+    fn fetch(&self, part: usize) {
+        if part < self.files.len() && self.left[part].load(Ordering::Relaxed) > 0 {
+            let _ = self.get(part);
+        }
+    }
+
+    /// A unit of shard `part` is done.
+    fn done(&self, part: usize) {
+        if self.left[part].fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.close(part);
+        }
+    }
+
+    fn close(&self, part: usize) {
+        *self.shards[part]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
+    }
 }
 
 /// Cuts a unit into blocks of rows: as many as make `BLOCK_NNZ` codes, at least one.
@@ -123,28 +292,12 @@ fn blocks<'v>(
     }))
 }
 
-/// Checks and adds a unit, block by block.
-fn add_unit(
-    own: &mut Accumulator,
-    seen: &mut Seen,
-    view: &CodesView<'_>,
-    rows: Range<usize>,
-    cancel: &Cancel,
-) -> Result<()> {
-    for block in blocks(view, rows)? {
-        cancel.check()?;
-        view.check(block.clone(), seen)?;
-        own.add_checked(view, block);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::examples::histogram::{bin_of, BINS};
-    use crate::examples::sum;
-    use crate::shard::{Indices, Values};
+    use crate::examples::samples::Ranking;
+    use crate::examples::{sum, Keep, Parts};
+    use crate::shard::Indices;
     use crate::Error;
     use proptest::prelude::*;
 
@@ -181,19 +334,33 @@ mod tests {
         }
     }
 
-    type Parts = ((Vec<f32>, Vec<i64>), Vec<u64>, Vec<u128>, u64);
+    type Samples = (Vec<i64>, Vec<f32>, Vec<i64>);
+    type Found = ((Vec<f32>, Vec<i64>), Vec<u64>, Vec<u128>, Samples, u64);
 
-    fn parts(accumulator: &Accumulator) -> Parts {
+    const SAMPLES: usize = 2;
+    const SEED: u64 = 5;
+
+    fn accumulator(n: usize) -> Accumulator {
+        let keep = Keep {
+            n,
+            samples: SAMPLES,
+            seed: SEED,
+        };
+        Accumulator::new(D_SAE, keep).unwrap()
+    }
+
+    fn parts(accumulator: &mut Accumulator) -> Found {
         (
             accumulator.examples(),
             accumulator.histogram().to_vec(),
             accumulator.sums().to_vec(),
+            accumulator.samples(),
             accumulator.scanned(),
         )
     }
 
     /// Sorts everything; keeps nothing bounded.
-    fn naive(rows: &[Vec<(u32, f32)>], n: usize) -> Parts {
+    fn naive(rows: &[Vec<(u32, f32)>], n: usize) -> Found {
         let mut all: Vec<Vec<(f32, i64)>> = vec![vec![]; D_SAE];
         let mut histogram = vec![0; D_SAE * BINS];
         let mut sums = vec![0; D_SAE];
@@ -205,12 +372,48 @@ mod tests {
                 sums[feature] += sum::to_fixed(strength);
             }
         }
+        let ranking = Ranking { seed: SEED };
+        let mut samples: Samples = (vec![0], vec![], vec![]);
+        for entries in &all {
+            for bin in 0..BINS {
+                let mut held: Vec<_> = entries.iter().filter(|e| bin_of(e.0) == bin).collect();
+                held.sort_by_key(|entry| ranking.rank(entry.1));
+                samples
+                    .1
+                    .extend(held.iter().take(SAMPLES).map(|entry| entry.0));
+                samples
+                    .2
+                    .extend(held.iter().take(SAMPLES).map(|entry| entry.1));
+            }
+            samples.0.push(samples.1.len() as i64);
+        }
         for entries in &mut all {
             entries.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
             entries.resize(n, super::super::heap::UNUSED);
         }
         let (strengths, ids) = all.concat().into_iter().unzip();
-        ((strengths, ids), histogram, sums, rows.len() as u64)
+        (
+            (strengths, ids),
+            histogram,
+            sums,
+            samples,
+            rows.len() as u64,
+        )
+    }
+
+    fn restored(saved: &mut Accumulator) -> Accumulator {
+        let ((strengths, rows), histogram, sums, samples, scanned) = parts(saved);
+        let parts = Parts {
+            strengths: &strengths,
+            rows: &rows,
+            histogram: &histogram,
+            sums: &sums,
+            sample_offsets: &samples.0,
+            sample_strengths: &samples.1,
+            sample_rows: &samples.2,
+            scanned,
+        };
+        Accumulator::from_parts(D_SAE, saved.keep(), &parts).unwrap()
     }
 
     fn some_rows() -> impl Strategy<Value = Vec<Vec<(u32, f32)>>> {
@@ -242,35 +445,45 @@ mod tests {
             }
             let views: Vec<_> = owned.iter().map(Owned::view).collect();
 
-            let mut at_once = Accumulator::new(D_SAE, n).unwrap();
+            let mut at_once = accumulator(n);
             collect_on(&mut at_once, &views, threads, &Cancel::new()).unwrap();
-            let mut merged = Accumulator::new(D_SAE, n).unwrap();
-            for view in &views {
-                let mut one = Accumulator::new(D_SAE, n).unwrap();
+            // One after the other, by either way, with and without looks at the result.
+            let mut in_turn = accumulator(n);
+            let mut merged = accumulator(n);
+            for (at, view) in views.iter().enumerate() {
+                match at % 3 {
+                    0 => collect_on(&mut in_turn, &[*view], threads, &Cancel::new()).unwrap(),
+                    1 => collect(&mut in_turn, &[*view], threads, &Cancel::new()).unwrap(),
+                    _ => {
+                        let mut again = restored(&mut in_turn);
+                        collect(&mut again, &[*view], threads, &Cancel::new()).unwrap();
+                        in_turn = again;
+                    }
+                }
+                let mut one = accumulator(n);
                 collect(&mut one, &[*view], 1, &Cancel::new()).unwrap();
-                merged.check_disjoint(&one).unwrap();
-                merged.merge(&one).unwrap();
+                merged.merge(&mut one).unwrap();
             }
             let expected = naive(&rows, n);
-            prop_assert_eq!(parts(&at_once), expected.clone());
-            prop_assert_eq!(parts(&merged), expected);
-
-            let ((strengths, ids), histogram, sums, scanned) = parts(&merged);
-            let restored =
-                Accumulator::from_parts(D_SAE, n, &strengths, &ids, &histogram, &sums, scanned).unwrap();
-            prop_assert_eq!(parts(&restored), parts(&merged));
-            let overlap = histogram.iter().any(|&bin| bin > 0);
-            prop_assert_eq!(restored.check_disjoint(&merged).is_err(), overlap);
+            prop_assert_eq!(parts(&mut at_once), expected.clone());
+            prop_assert_eq!(parts(&mut in_turn), expected.clone());
+            prop_assert_eq!(parts(&mut restored(&mut merged)), expected.clone());
+            prop_assert_eq!(parts(&mut merged), expected);
         }
     }
 
     fn message(rows: &[Vec<(u32, f32)>], threads: usize) -> String {
         let owned = Owned::new(rows, 100);
-        let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
-        let before = parts(&accumulator);
-        let error = collect_on(&mut accumulator, &[owned.view()], threads, &Cancel::new());
+        let first = Owned::new(&[vec![(0, 1.0)]], 0);
+        let mut accumulator = accumulator(2);
+        collect(&mut accumulator, &[first.view()], 1, &Cancel::new()).unwrap();
+        let before = parts(&mut accumulator);
+        let error = match threads {
+            0 => collect(&mut accumulator, &[owned.view()], 1, &Cancel::new()),
+            _ => collect_on(&mut accumulator, &[owned.view()], threads, &Cancel::new()),
+        };
         assert_eq!(
-            parts(&accumulator),
+            parts(&mut accumulator),
             before,
             "something of a refused batch was added"
         );
@@ -279,7 +492,7 @@ mod tests {
 
     #[test]
     fn bad_codes_are_refused_whole_and_by_row() {
-        for threads in [1, 2] {
+        for threads in [0, 1, 2] {
             let good = vec![(0, 1.0), (3, 2.0)];
             for (code, words) in [
                 ((2, f32::NAN), "infinite value in row 102"),
@@ -299,7 +512,7 @@ mod tests {
     fn zeros_may_pad_a_row() {
         let owned = Owned::new(&[vec![(0, 0.0), (0, 1.0), (0, 0.0)], vec![(0, 2.0)]], 0);
         for threads in [1, 2] {
-            let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
+            let mut accumulator = accumulator(2);
             collect_on(&mut accumulator, &[owned.view()], threads, &Cancel::new()).unwrap();
             assert_eq!(accumulator.examples().0[..2], [2.0, 1.0]);
         }
@@ -311,7 +524,7 @@ mod tests {
         for offsets in [&[0i64, 3, 2, 4][..], &[0, 9, 4], &[0, -1, 4]] {
             let (v, i) = (Values::F32(&values), Indices::U32(&indices));
             let view = CodesView::new(v, i, offsets, 0).unwrap();
-            let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
+            let mut accumulator = accumulator(2);
             for threads in [1, 2] {
                 let result = collect_on(&mut accumulator, &[view], threads, &Cancel::new());
                 assert!(
@@ -342,13 +555,10 @@ mod tests {
         let cancel = Cancel::new();
         cancel.cancel();
         for threads in [1, 2] {
-            let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
+            let mut accumulator = accumulator(2);
             let result = collect_on(&mut accumulator, &[owned.view()], threads, &cancel);
             assert!(matches!(result, Err(Error::Interrupted)));
-            assert_eq!(
-                parts(&accumulator),
-                parts(&Accumulator::new(D_SAE, 2).unwrap())
-            );
+            assert_eq!(parts(&mut accumulator), parts(&mut self::accumulator(2)));
         }
     }
 
@@ -364,9 +574,9 @@ mod tests {
         for values in [Values::F32(&strengths), Values::Bf16(&bits)] {
             for indices in [Indices::U32(&[0, 6, 1, 6]), Indices::U16(&[0, 6, 1, 6])] {
                 let view = CodesView::new(values, indices, &[0, 2, 2, 4], 5).unwrap();
-                let mut accumulator = Accumulator::new(D_SAE, 2).unwrap();
+                let mut accumulator = accumulator(2);
                 collect(&mut accumulator, &[view], 1, &Cancel::new()).unwrap();
-                found.push(parts(&accumulator));
+                found.push(parts(&mut accumulator));
             }
         }
         assert_eq!(found[0].0 .0[12..], [2.0, 1.0]);
@@ -376,10 +586,36 @@ mod tests {
     #[test]
     fn sizes_out_of_range_are_refused() {
         for (d_sae, n) in [(8, 0), (8, 65_536), (usize::MAX / 2, 20), (1 << 50, 20)] {
-            assert!(Accumulator::new(d_sae, n).is_err(), "{d_sae} {n}");
+            let keep = Keep {
+                n,
+                samples: 0,
+                seed: 0,
+            };
+            assert!(Accumulator::new(d_sae, keep).is_err(), "{d_sae} {n}");
         }
-        let mut a = Accumulator::new(8, 2).unwrap();
-        assert!(a.merge(&Accumulator::new(8, 3).unwrap()).is_err());
-        assert!(a.merge(&Accumulator::new(9, 2).unwrap()).is_err());
+        let keep = Keep {
+            n: 2,
+            samples: 3,
+            seed: 4,
+        };
+        assert!(Accumulator::new(
+            8,
+            Keep {
+                samples: 256,
+                ..keep
+            }
+        )
+        .is_err());
+        let mut a = Accumulator::new(8, keep).unwrap();
+        for (d_sae, other) in [
+            (9, keep),
+            (8, Keep { n: 3, ..keep }),
+            (8, Keep { samples: 2, ..keep }),
+            (8, Keep { seed: 5, ..keep }),
+        ] {
+            assert!(a
+                .merge(&mut Accumulator::new(d_sae, other).unwrap())
+                .is_err());
+        }
     }
 }

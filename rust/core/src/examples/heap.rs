@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use crate::simd::fetch;
+
 /// One bounded heap for each feature. The root of a heap is its weakest entry:
 /// the one with the lowest strength and, among equals, the highest row.
 #[derive(Debug, Clone)]
@@ -52,6 +54,32 @@ impl TopHeaps {
         }
     }
 
+    /// What a strength must reach to enter a feature's heap: 0 until the heap is full.
+    #[inline]
+    pub(super) fn floor(&self, feature: usize) -> f32 {
+        self.floors[feature]
+    }
+
+    /// Has the CPU fetch what an offer looks at.
+    #[inline]
+    pub(super) fn fetch(&self, feature: usize) {
+        let start = feature * self.n;
+        fetch(&self.floors, feature);
+        fetch(&self.filled, feature);
+        fetch(&self.strengths, start);
+        fetch(&self.strengths, start + self.n - 1);
+        fetch(&self.rows, start);
+        fetch(&self.rows, start + self.n / 2);
+        fetch(&self.rows, start + self.n - 1);
+    }
+
+    /// Forgets a feature's entries.
+    pub(super) fn clear(&mut self, feature: usize) {
+        self.filled[feature] = 0;
+        self.floors[feature] = 0.0;
+    }
+
+    /// [`TopHeaps::offer`] of what is known to reach the floor.
     #[cold]
     fn insert(&mut self, feature: usize, entry: (f32, i64)) {
         let slots = feature * self.n..(feature + 1) * self.n;
@@ -87,6 +115,11 @@ impl TopHeaps {
             .iter()
             .copied()
             .zip(self.rows[start..end].iter().copied())
+    }
+
+    /// Whether a feature has none.
+    pub(super) fn is_empty(&self, feature: usize) -> bool {
+        self.filled[feature] == 0
     }
 
     /// `[features, n]` strengths and rows, each feature's by falling strength, ties

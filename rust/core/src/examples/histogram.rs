@@ -31,6 +31,11 @@ pub fn bin_of(strength: f32) -> usize {
     (raw - OFFSET).clamp(0, BINS as i32 - 1) as usize
 }
 
+/// The exponent of a bin's lower edge, rounded down.
+pub(super) const fn exponent_of(bin: usize) -> i32 {
+    LOWEST + (bin / PER_OCTAVE) as i32
+}
+
 /// The `BINS + 1` edges: 2^(-12 + i/4), rounded to f32.
 pub fn edges() -> Vec<f32> {
     (0..=BINS)

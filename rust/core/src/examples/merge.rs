@@ -1,16 +1,39 @@
 //! Joining what was collected from different rows, exactly.
 
-use super::accumulator::Accumulator;
+use super::accumulator::{Accumulator, Keep};
 use super::heap::UNUSED;
 use super::histogram::{bin_of, BINS};
 use crate::{Error, Result};
 
+/// What is saved of an [`Accumulator`].
+#[derive(Debug, Clone, Copy)]
+pub struct Parts<'a> {
+    /// `[d_sae, n]`; see [`Accumulator::examples`].
+    pub strengths: &'a [f32],
+    /// `[d_sae, n]`.
+    pub rows: &'a [i64],
+    /// `[d_sae, BINS]`.
+    pub histogram: &'a [u64],
+    /// `[d_sae]`, in units of 2^-64.
+    pub sums: &'a [u128],
+    /// `[d_sae + 1]`; see [`Accumulator::samples`].
+    pub sample_offsets: &'a [i64],
+    /// As many as the last of the offsets says.
+    pub sample_strengths: &'a [f32],
+    /// As many as the last of the offsets says.
+    pub sample_rows: &'a [i64],
+    /// How many rows were scanned.
+    pub scanned: u64,
+}
+
 impl Accumulator {
     /// Adds what `other` collected, as if its rows had been added to `self`. The
     /// rows of the two must differ, which the caller vouches for.
-    pub fn merge(&mut self, other: &Self) -> Result<()> {
+    pub fn merge(&mut self, other: &mut Self) -> Result<()> {
         self.check_same_size(other)?;
-        for feature in 0..self.d_sae {
+        self.settle();
+        other.settle();
+        for feature in 0..self.d_sae() {
             for (strength, row) in other.heaps.entries(feature) {
                 self.heaps.offer(feature, strength, row);
             }
@@ -21,82 +44,62 @@ impl Accumulator {
         for (mine, theirs) in self.sums.iter_mut().zip(&other.sums) {
             *mine = mine.saturating_add(*theirs);
         }
+        self.samples.merge(&other.samples);
         self.scanned += other.scanned;
+        self.forget_scans();
         Ok(())
     }
 
     fn check_same_size(&self, other: &Self) -> Result<()> {
-        if (self.d_sae, self.n()) != (other.d_sae, other.n()) {
+        let (mine, theirs) = (self.keep(), other.keep());
+        if (self.d_sae(), mine) != (other.d_sae(), theirs) {
+            let words = |d_sae, keep: Keep| {
+                let Keep { n, samples, seed } = keep;
+                format!("d_sae = {d_sae}, n = {n}, samples = {samples} and seed = {seed}")
+            };
             return Err(Error::InvalidArgument(format!(
-                "examples of d_sae = {} and n = {} can't be merged with examples of d_sae = {} and \
-                 n = {}: collect both with the same SAE and the same n",
-                self.d_sae,
-                self.n(),
-                other.d_sae,
-                other.n(),
+                "examples of {} can't be merged with examples of {}: collect both with the same SAE \
+                 and the same settings",
+                words(self.d_sae(), mine),
+                words(other.d_sae(), theirs),
             )));
         }
         Ok(())
     }
 
-    /// Refuses accumulators that have a row of a feature in common: merging them
-    /// would count it twice. It sees only the rows kept as examples: rows whose
-    /// examples have all been pushed out by stronger ones can still be merged
-    /// twice unseen, so that they differ stays the caller's word.
-    pub fn check_disjoint(&self, other: &Self) -> Result<()> {
-        self.check_same_size(other)?;
-        let mut mine = Vec::with_capacity(self.n());
-        for feature in 0..self.d_sae {
-            mine.clear();
-            mine.extend(self.heaps.entries(feature).map(|(_, row)| row));
-            mine.sort_unstable();
-            if let Some((_, row)) = other
-                .heaps
-                .entries(feature)
-                .find(|(_, row)| mine.binary_search(row).is_ok())
-            {
-                return Err(Error::InvalidArgument(format!(
-                    "both hold row {row} as an example of feature {feature}: the same rows would be \
-                     counted twice; merge examples of different rows (give later codes their own \
-                     first_row)"
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// An accumulator from arrays that were saved: `strengths` and `rows`
-    /// `[d_sae, n]`, `histogram` `[d_sae, BINS]`, `sums` `[d_sae]`, and the rows
-    /// `scanned`. Refuses arrays that no collection can have produced.
-    pub fn from_parts(
-        d_sae: usize,
-        n: usize,
-        strengths: &[f32],
-        rows: &[i64],
-        histogram: &[u64],
-        sums: &[u128],
-        scanned: u64,
-    ) -> Result<Self> {
-        let mut made = Self::new(d_sae, n)?;
-        let sizes = [strengths.len(), rows.len(), histogram.len(), sums.len()];
-        let expected = [d_sae * n, d_sae * n, d_sae * BINS, d_sae];
+    /// An accumulator from arrays that were saved. Refuses arrays that no collection can have
+    /// produced.
+    pub fn from_parts(d_sae: usize, keep: Keep, parts: &Parts<'_>) -> Result<Self> {
+        let mut made = Self::new(d_sae, keep)?;
+        let n = keep.n;
+        let sizes = [
+            parts.strengths.len(),
+            parts.rows.len(),
+            parts.histogram.len(),
+            parts.sums.len(),
+            parts.sample_offsets.len(),
+            parts.sample_strengths.len(),
+        ];
+        let samples = parts.sample_rows.len();
+        let expected = [
+            d_sae * n,
+            d_sae * n,
+            d_sae * BINS,
+            d_sae,
+            d_sae + 1,
+            samples,
+        ];
         if sizes != expected {
             return Err(Error::InvalidArgument(format!(
                 "examples of d_sae = {d_sae} and n = {n} need {expected:?} strengths, rows, \
-                 histogram bins and sums, found {sizes:?}"
+                 histogram bins, sums, sample offsets and sample strengths, found {sizes:?}"
             )));
         }
-        made.histogram.copy_from_slice(histogram);
-        made.sums.copy_from_slice(sums);
-        made.scanned = scanned;
+        made.histogram.copy_from_slice(parts.histogram);
+        made.sums.copy_from_slice(parts.sums);
+        made.scanned = parts.scanned;
         for feature in 0..d_sae {
-            let slots = feature * n..(feature + 1) * n;
-            let entries = strengths[slots.clone()]
-                .iter()
-                .copied()
-                .zip(rows[slots].iter().copied());
-            let bins = &histogram[feature * BINS..(feature + 1) * BINS];
-            made.restore(feature, entries, bins).map_err(|problem| {
+            made.restore(feature, parts).map_err(|problem| {
                 Error::InvalidArgument(format!(
                     "examples of feature {feature} are damaged: {problem}"
                 ))
@@ -105,7 +108,24 @@ impl Accumulator {
         Ok(made)
     }
 
-    fn restore(
+    fn restore(&mut self, feature: usize, parts: &Parts<'_>) -> std::result::Result<(), String> {
+        let n = self.n();
+        let slots = feature * n..(feature + 1) * n;
+        let strengths = parts.strengths[slots.clone()].iter().copied();
+        let entries = strengths.zip(parts.rows[slots].iter().copied());
+        let bins = &parts.histogram[feature * BINS..(feature + 1) * BINS];
+        self.restore_heap(feature, entries, bins)?;
+        let ends = &parts.sample_offsets[feature..feature + 2];
+        let span = match (usize::try_from(ends[0]), usize::try_from(ends[1])) {
+            (Ok(start), Ok(end)) if start <= end && end <= parts.sample_rows.len() => start..end,
+            _ => return Err(format!("its samples span {}..{}", ends[0], ends[1])),
+        };
+        let strengths = &parts.sample_strengths[span.clone()];
+        self.samples
+            .restore(feature, strengths, &parts.sample_rows[span], bins)
+    }
+
+    fn restore_heap(
         &mut self,
         feature: usize,
         entries: impl Iterator<Item = (f32, i64)>,

@@ -1,11 +1,11 @@
-//! The strongest rows, counts, sums and histograms of all features at once, in
-//! one pass over sparse codes and in memory that does not grow with the rows.
+//! The strongest rows, samples of all strengths, counts, sums and histograms of all features at
+//! once, in one pass over sparse codes and in memory that does not grow with the rows.
 //!
 //! The result is a function of the set of (row, feature, strength) alone: an
 //! [`Accumulator`] merges exactly, so how the rows were cut into shards, batches
-//! and threads can't be seen in it. That asks three things of its parts:
-//! [`heap`] breaks ties by the lower row, [`histogram`] has fixed edges, and
-//! [`sum`] adds in integers (floating sums depend on their order).
+//! and threads can't be seen in it. That asks four things of its parts:
+//! [`heap`] breaks ties by the lower row, [`histogram`] has fixed edges, [`sum`] adds in integers
+//! (floating sums depend on their order), and [`samples`] rank rows by a keyed hash.
 
 pub mod accumulator;
 pub mod codes;
@@ -13,8 +13,12 @@ pub mod collect;
 pub mod heap;
 pub mod histogram;
 pub mod merge;
+pub mod samples;
+mod scan;
+mod stage;
 pub mod sum;
 
-pub use accumulator::Accumulator;
+pub use accumulator::{Accumulator, Keep};
 pub use codes::CodesView;
-pub use collect::collect;
+pub use collect::{collect, collect_shards, ShardFile};
+pub use merge::Parts;

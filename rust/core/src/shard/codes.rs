@@ -333,6 +333,17 @@ impl CodeShardReader {
         self.view().values
     }
 
+    /// Tells the system that values, indices and offsets will be read from front to back.
+    pub fn will_be_read(&self) {
+        for entry in [
+            &self.layout.values,
+            &self.layout.indices,
+            &self.layout.row_offsets,
+        ] {
+            self.file.will_be_read(entry.range.clone());
+        }
+    }
+
     /// The error that this file has `problem`.
     pub fn bad(&self, problem: String) -> Error {
         self.file.bad(problem)

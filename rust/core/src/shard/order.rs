@@ -28,14 +28,35 @@ pub struct Permutation {
 }
 
 /// The finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection of 64 bits.
-const fn mix(mut x: u64) -> u64 {
+pub(crate) const fn mix(mut x: u64) -> u64 {
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     x ^ (x >> 31)
 }
 
+/// Undoes [`mix`].
+pub(crate) const fn unmix(mut x: u64) -> u64 {
+    x ^= (x >> 31) ^ (x >> 62);
+    x = x.wrapping_mul(inverse(0x94D0_49BB_1331_11EB));
+    x ^= (x >> 27) ^ (x >> 54);
+    x = x.wrapping_mul(inverse(0xBF58_476D_1CE4_E5B9));
+    x ^ (x >> 30) ^ (x >> 60)
+}
+
+/// The inverse of an odd number modulo 2^64, by Newton's iteration: each step doubles the
+/// number of right bits, of which an odd number itself has three.
+const fn inverse(odd: u64) -> u64 {
+    let mut x = odd;
+    let mut step = 0;
+    while step < 5 {
+        x = x.wrapping_mul(2_u64.wrapping_sub(odd.wrapping_mul(x)));
+        step += 1;
+    }
+    x
+}
+
 /// SplitMix64's increment: the golden ratio.
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+pub(crate) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 impl Permutation {
     /// The order of `rows` rows in epoch `epoch` under `seed`.
@@ -127,6 +148,13 @@ mod tests {
             found.sort_unstable();
             found.dedup();
             prop_assert_eq!(found.len(), 200);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn mixing_is_undone(x: u64) {
+            prop_assert_eq!(unmix(mix(x)), x);
         }
     }
 

@@ -139,6 +139,22 @@ fn parse(name: &str) -> Result<Simd> {
     })
 }
 
+/// Has the CPU fetch `items[at]`, if there is such an item, while other work goes on. A hint.
+#[inline]
+pub(crate) fn fetch<T>(items: &[T], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(item) = items.get(at) {
+        // SAFETY: the instruction is part of SSE, which every x86-64 has; it reads nothing that
+        // the program could see, and the address is that of a live item.
+        unsafe {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(item).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (items, at);
+}
+
 /// Calls the twin of `self.0`.
 macro_rules! dispatch {
     ($self:ident, $name:ident ( $($argument:expr),* )) => {
