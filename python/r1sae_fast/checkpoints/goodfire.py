@@ -15,6 +15,7 @@ from torch import Tensor
 
 from r1sae_fast.checkpoints import native
 from r1sae_fast.errors import CheckpointError
+from r1sae_fast.ops._memory import empty_weights
 from r1sae_fast.sae import FastSAE, SaeConfig
 from r1sae_fast.sae.config import check_dtype
 
@@ -83,7 +84,7 @@ def load_goodfire_sae(
     # Feature-major: decoding and rescoring read whole features. The one copy that is made.
     dtype = weight.dtype if dtype is None else dtype
     check_dtype(dtype)
-    W_dec = torch.empty(d_sae, d_in, dtype=dtype, device=device)
+    W_dec = empty_weights(d_sae, d_in, dtype=dtype, device=device)
     W_dec.copy_(weight.T)
     tensors = {"W_dec": W_dec, "b_enc": state["b_enc"], "b_dec": state["b_dec"]}
     config = SaeConfig(d_in, d_sae, k, "batch_topk", tied=True)

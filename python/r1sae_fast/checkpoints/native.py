@@ -23,6 +23,7 @@ from torch import Tensor
 
 from r1sae_fast.atomic import replacing, write_bytes
 from r1sae_fast.errors import CheckpointError
+from r1sae_fast.ops._memory import empty_weights, on_large_pages
 from r1sae_fast.sae import FastSAE, SaeConfig
 from r1sae_fast.sae.config import check_dtype
 
@@ -142,9 +143,11 @@ def build(
     dtype = tensors["W_dec"].dtype if dtype is None else dtype
     check_dtype(dtype)
     state = {name: tensors[name].to(device=device, dtype=dtype) for name in expected}
+    state["W_dec"] = on_large_pages(state["W_dec"])
     if not config.tied:
         # Feature-major in memory; see FastSAE.
-        state["W_enc"] = state["W_enc"].T.contiguous().T
+        W_enc = empty_weights(d_sae, d_in, dtype=dtype, device=device)
+        state["W_enc"] = W_enc.copy_(state["W_enc"].T).T
     threshold = tensors.get("threshold")
     if threshold is not None:
         if tuple(threshold.shape) not in ((), (d_sae,)):

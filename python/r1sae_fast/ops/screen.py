@@ -3,9 +3,9 @@
 The dense path multiplies in full precision and then throws all but k of d_sae products away. A
 :class:`Screen` bounds them all with 8-bit products first, by a certified margin (the proof is in
 ``rust/core/src/screen/certificate.rs``), drops what the bounds exclude, and computes the rest
-exactly. Codes are then those of pre-activations summed in float64, rounded to float32 (bfloat16: by
-way of float32), the bias added and rounded again: what the dense path aims at and misses by the
-errors of its sums.
+exactly. Codes are then those of pre-activations summed in float64 and rounded to float32: what the
+dense path aims at and misses by the errors of its sums. (bfloat16: the product is rounded by way of
+float32, then the sum with the bias, as the dense path does.)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.ops._memory import empty_weights
 from r1sae_fast.sae.config import Mode, SaeConfig, check_dtype
 
 __all__ = ["FastSAE"]
@@ -77,7 +78,7 @@ class FastSAE(nn.Module):
         check_dtype(dtype)
 
         def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
+            return empty_weights(*shape, device=device, dtype=dtype)
 
         encoder = None if tied else empty(d_sae, d_in).T
         self._set_up(config, empty(d_sae, d_in), empty(d_sae), empty(d_in), encoder, None)

@@ -12,6 +12,7 @@ pub mod decode;
 pub mod error;
 pub mod examples;
 pub mod fp8;
+pub mod memory;
 mod pool;
 pub mod r1;
 pub mod rows;

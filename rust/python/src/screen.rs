@@ -6,6 +6,7 @@ use half::bf16;
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use r1sae_core::memory;
 use r1sae_core::rows::Matrix;
 use r1sae_core::screen::{Encoder, Kernel, Rule, Screen as Core};
 use r1sae_core::select::Threshold;
@@ -232,8 +233,19 @@ fn screen_kernels() -> PyResult<(&'static str, Vec<&'static str>)> {
     ))
 }
 
+/// Asks the system for large pages under an array that wasn't written to yet.
+#[pyfunction]
+fn prefer_large_pages(floats: Floats1<'_>) -> PyResult<()> {
+    match &floats {
+        Floats1::F32(array) => memory::prefer_large_pages(slice(array)?),
+        Floats1::Bf16(array) => memory::prefer_large_pages(slice(array)?),
+    }
+    Ok(())
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Screen>()?;
     module.add_function(wrap_pyfunction!(screen_kernels, module)?)?;
+    module.add_function(wrap_pyfunction!(prefer_large_pages, module)?)?;
     Ok(())
 }

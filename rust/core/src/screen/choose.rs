@@ -105,8 +105,7 @@ impl<E: Element> Chooser<'_, E> {
         keys: &mut Vec<u64>,
     ) -> Result<()> {
         for (feature, product) in pairs {
-            let product = E::from_f32(*product as f32).to_f32();
-            let value = E::from_f32(product + self.encoder.bias[feature].to_f32()).to_f32();
+            let value = E::pre_activation(*product, self.encoder.bias[feature]).to_f32();
             if self.options.check_finite && !value.is_finite() {
                 return Err(non_finite(row));
             }

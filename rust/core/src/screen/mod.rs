@@ -1,8 +1,8 @@
 //! Codes straight from x: 8-bit products bound every pre-activation, and only what the bounds can't
 //! exclude is computed exactly.
 //!
-//! The codes are those of pre-activations `round(round(sum of x w) + b)`, summed in f64 and rounded to the
-//! dtype of the weights (bf16: by way of f32). What makes leaving features out safe is the
+//! The codes are those of pre-activations summed in f64 and rounded to the dtype of the weights
+//! ([`Element::pre_activation`]). What makes leaving features out safe is the
 //! certificate. Each exact value is compared with its bounds: a row in which one lies outside is
 //! computed exactly as a whole, and counted.
 

@@ -6,14 +6,14 @@ use proptest::prelude::*;
 use super::*;
 use crate::simd::{Level, Simd};
 
-/// Exact values of a row's features: `round(round(product) + b)`.
+/// Exact values of a row's features.
 fn values_of<E: Element>(x: &[E], w: Matrix<'_, E>, bias: &[E]) -> Vec<f32> {
     let value = |feature: usize| {
         let pairs = x.iter().zip(w.row(feature));
         let sum: f64 = pairs
             .map(|(x, w)| f64::from(x.to_f32()) * f64::from(w.to_f32()))
             .sum();
-        E::from_f32(E::from_f32(sum as f32).to_f32() + bias[feature].to_f32()).to_f32()
+        E::pre_activation(sum, bias[feature]).to_f32()
     };
     (0..w.rows()).map(value).collect()
 }

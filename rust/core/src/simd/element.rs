@@ -15,6 +15,9 @@ pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + '
     fn to_f32(self) -> f32;
     /// To the nearest, ties to even.
     fn from_f32(value: f32) -> Self;
+    /// A product in f64 and a bias, by the definition of exact codes: f32 rounds their sum once; bf16
+    /// rounds the product (by way of f32) and then the sum, as a layer in bf16 does.
+    fn pre_activation(product: f64, bias: Self) -> Self;
 }
 
 impl Element for f32 {
@@ -25,6 +28,10 @@ impl Element for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
+    }
+    #[inline(always)]
+    fn pre_activation(product: f64, bias: Self) -> Self {
+        (product + f64::from(bias)) as f32
     }
 }
 
@@ -41,6 +48,11 @@ impl Element for bf16 {
         let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
         let quiet = (bits >> 16) | 0x40;
         bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
+    }
+    #[inline(always)]
+    fn pre_activation(product: f64, bias: Self) -> Self {
+        let product = Self::from_f32(product as f32).to_f32();
+        Self::from_f32(product + bias.to_f32())
     }
 }
 
