@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::certificate::FeatureBounds;
 use super::layout::PANEL;
+use crate::select::not_above_kth;
+use crate::simd::Simd;
 
 /// Which features must be kept.
 #[derive(Clone, Copy)]
@@ -112,10 +114,8 @@ pub(super) struct Cut<'a> {
     pub bounds: &'a FeatureBounds,
     /// The part of a value that its last roundings may take away.
     pub rounding: f32,
+    pub simd: Simd,
 }
-
-/// Halvings of the range that holds the k-th largest: it is found to 1 in 2^16.
-const HALVINGS: u32 = 16;
 
 impl Cut<'_> {
     /// Adds the lower bounds of a list's entries: 0 where not positive.
@@ -143,40 +143,24 @@ impl Cut<'_> {
         if k == 0 || k > lowers.len() {
             return None;
         }
-        let count = |bound: f32| -> usize {
-            // In blocks whose counts fit into 32 bits, which vectorises.
-            let blocks = lowers.chunks(1 << 16);
-            blocks
-                .map(|block| {
-                    block
-                        .iter()
-                        .map(|lower| u32::from(*lower >= bound))
-                        .sum::<u32>() as usize
-                })
-                .sum()
-        };
-        let mut low = 0.0_f32;
-        let mut high = lowers.iter().fold(0.0_f32, |left, right| left.max(*right));
-        for _ in 0..HALVINGS {
-            let middle = low + (high - low) / 2.0;
-            if count(middle) >= k {
-                low = middle;
-            } else {
-                high = middle;
-            }
-        }
-        Some(low * (1.0 - self.rounding))
+        Some(not_above_kth(lowers, k, self.simd) * (1.0 - self.rounding))
     }
 }
 
-/// The bound of all rows together, from some of them; raises `shared`.
-pub(super) fn raise_shared(lists: &[List], wanted: usize, cut: &Cut<'_>, shared: &AtomicU32) {
-    let mut lowers = Vec::new();
-    for list in lists {
-        cut.add_lowers(list, &mut lowers);
-    }
-    if let Some(kth) = cut.not_above_kth(&lowers, wanted) {
-        // Floats that aren't negative order as their bits do.
-        shared.fetch_max(kth.to_bits(), Ordering::Relaxed);
+/// The lower bounds of all rows together, as far as they can still be among the largest.
+#[derive(Default)]
+pub(super) struct Pool(Vec<f32>);
+
+impl Pool {
+    /// Adds some rows', and raises `shared` to what so many are not below.
+    pub(super) fn add(&mut self, lists: &[List], wanted: usize, cut: &Cut<'_>, shared: &AtomicU32) {
+        for list in lists {
+            cut.add_lowers(list, &mut self.0);
+        }
+        if let Some(kth) = cut.not_above_kth(&self.0, wanted) {
+            // Floats that aren't negative order as their bits do.
+            shared.fetch_max(kth.to_bits(), Ordering::Relaxed);
+            self.0.retain(|lower| *lower >= kth);
+        }
     }
 }

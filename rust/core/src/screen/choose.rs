@@ -1,9 +1,10 @@
 //! From candidates to codes: exact values, the check of the certificate, the choice.
 
 use super::candidates::List;
-use super::certificate::FeatureBounds;
-use super::rescore::{products, ROWS};
-use super::search::Found;
+use super::certificate::{FeatureBounds, RowBound};
+use super::dot::{Sum, CLOSE};
+use super::rescore::{products, Wanted, ROWS};
+use super::search::{Found, COST};
 use super::{Counts, Encoder, Rule};
 use crate::rows::{map_ranges, Matrix};
 use crate::select::{keep_largest, non_finite, Candidates, Codes, Options, Threshold};
@@ -31,11 +32,10 @@ impl<E: Element> Chooser<'_, E> {
         for first in (0..found.lists.len()).step_by(ROWS) {
             let last = (first + ROWS).min(found.lists.len());
             let (lists, rows) = (&found.lists[first..last], &found.bounds[first..last]);
-            let exact = self.exact_products(first, lists, &mut counts, cancel)?;
+            let exact = self.exact_products(first, lists, rows, cancel)?;
+            counts.candidates += exact.len() as u64;
             let starts: Vec<usize> = [0].into_iter().chain(ends_of(lists)).collect();
-            // Microseconds a row: as much as this many products.
-            let cost = 1 << 13;
-            let parts = map_ranges(lists.len(), cost, self.options.threads, |range| {
+            let parts = map_ranges(lists.len(), COST, self.options.threads, |range| {
                 let choose = |at: usize| {
                     let (list, products) = (&lists[at], &exact[starts[at]..starts[at + 1]]);
                     let wrong = self.violations(list, products);
@@ -69,7 +69,7 @@ impl<E: Element> Chooser<'_, E> {
         &self,
         first: usize,
         lists: &[List],
-        counts: &mut Counts,
+        bounds: &[RowBound],
         cancel: &Cancel,
     ) -> Result<Vec<f64>> {
         let mut features = Vec::new();
@@ -77,10 +77,58 @@ impl<E: Element> Chooser<'_, E> {
             features.extend_from_slice(&list.features);
         }
         let ends: Vec<usize> = ends_of(lists).collect();
-        counts.candidates += features.len() as u64;
-        let numbers: Vec<usize> = (first..first + lists.len()).collect();
-        let (x, w) = (self.x, self.encoder.w);
-        products(x, &numbers, &features, &ends, w, self.options, cancel)
+        let rows: Vec<usize> = (first..first + lists.len()).collect();
+        let all = Wanted {
+            x: self.x,
+            rows: &rows,
+            features: &features,
+            ends: &ends,
+            w: self.encoder.w,
+            sum: if E::IS_COARSE { Sum::Close } else { Sum::Exact },
+        };
+        let mut output = products(all, self.options, cancel)?;
+        if E::IS_COARSE {
+            self.settle(all, bounds, &mut output, cancel)?;
+        }
+        Ok(output)
+    }
+
+    /// Replaces close products by exact ones where the difference could be seen: a coarse dtype rounds
+    /// nearly all to the same value.
+    fn settle(
+        &self,
+        all: Wanted<'_, E>,
+        bounds: &[RowBound],
+        output: &mut [f64],
+        cancel: &Cancel,
+    ) -> Result<()> {
+        let (mut open, mut features) = (Vec::new(), Vec::new());
+        let mut ends = Vec::with_capacity(all.ends.len());
+        let mut at = 0;
+        for (row, end) in bounds.iter().zip(all.ends) {
+            while at < *end {
+                let feature = all.features[at] as usize;
+                let norms = f64::from(row.norm2) * f64::from(self.bounds.norm2[feature]);
+                let (bias, off) = (self.encoder.bias[feature], CLOSE * norms.sqrt());
+                let low = E::pre_activation(output[at] - off, bias).to_f32();
+                if low.to_bits() != E::pre_activation(output[at] + off, bias).to_f32().to_bits() {
+                    open.push(at);
+                    features.push(all.features[at]);
+                }
+                at += 1;
+            }
+            ends.push(open.len());
+        }
+        let exact = Wanted {
+            features: &features,
+            ends: &ends,
+            sum: Sum::Exact,
+            ..all
+        };
+        for (at, product) in open.iter().zip(products(exact, self.options, cancel)?) {
+            output[*at] = product;
+        }
+        Ok(())
     }
 
     /// How many exact values lie outside their bounds.
@@ -143,8 +191,15 @@ impl<E: Element> Chooser<'_, E> {
         let features: Vec<u32> = rows.iter().flat_map(|_| 0..d_sae as u32).collect();
         let ends: Vec<usize> = (1..=rows.len()).map(|row| row * d_sae).collect();
         counts.candidates += features.len() as u64;
-        let (x, w) = (self.x, self.encoder.w);
-        let exact = products(x, rows, &features, &ends, w, self.options, cancel)?;
+        let whole = Wanted {
+            x: self.x,
+            rows,
+            features: &features,
+            ends: &ends,
+            w: self.encoder.w,
+            sum: Sum::Exact,
+        };
+        let exact = products(whole, self.options, cancel)?;
         for (row, exact) in rows.iter().zip(exact.chunks_exact(d_sae)) {
             self.row_keys(*row, exact.iter().enumerate(), &mut chosen[*row])?;
         }
@@ -172,7 +227,7 @@ impl<E: Element> Chooser<'_, E> {
             candidates.keys.extend(keys);
             candidates.ends.push(candidates.keys.len());
         }
-        keep_largest(rows, k, vec![candidates], cancel)
+        keep_largest(rows, k, vec![candidates], self.options, cancel)
     }
 }
 

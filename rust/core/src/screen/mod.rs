@@ -286,6 +286,7 @@ impl Screen {
             cut: Cut {
                 bounds: &self.weights.bounds,
                 rounding: rounding.value,
+                simd: options.simd,
             },
             wanted,
             options,

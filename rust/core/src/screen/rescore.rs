@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::dot::{dots, BLOCK, GROUP};
+use super::dot::{dots, Sum, BLOCK, GROUP};
 use crate::rows::Matrix;
 use crate::select::Options;
 use crate::simd::{prefetch, Element};
@@ -12,7 +12,7 @@ use crate::{pool, Cancel, Result};
 /// Rows for which the weights are read once.
 pub(super) const ROWS: usize = 1024;
 /// Numbers of x that are gone over again and again, and should stay in a core's second-level cache.
-const CACHED: usize = 1 << 19;
+const CACHED: usize = 1 << 20;
 
 /// Pairs of a row and a feature, by feature.
 struct Pairs {
@@ -53,7 +53,7 @@ impl Pairs {
     }
 
     /// The features of `range` that are in any pair.
-    fn wanted(&self, range: Range<usize>) -> Vec<usize> {
+    fn present(&self, range: Range<usize>) -> Vec<usize> {
         range
             .filter(|feature| self.starts[*feature + 1] > self.starts[*feature])
             .collect()
@@ -76,18 +76,27 @@ impl Pairs {
     }
 }
 
-/// `<x[first + r], w[features[i]]>` in f64 for each candidate i of row r; row r has
-/// `ends[r - 1]..ends[r]`. At most [`ROWS`] rows.
+/// What is to be multiplied with what.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted<'a, E> {
+    pub x: Matrix<'a, E>,
+    /// Rows of x, at most [`ROWS`].
+    pub rows: &'a [usize],
+    /// Features of all rows; those of the r-th end at `ends[r]`.
+    pub features: &'a [u32],
+    pub ends: &'a [usize],
+    pub w: Matrix<'a, E>,
+    pub sum: Sum,
+}
+
+/// `<x[row], w[feature]>` for each feature of each row, in their order.
 pub(super) fn products<E: Element>(
-    x: Matrix<'_, E>,
-    row_numbers: &[usize],
-    features: &[u32],
-    ends: &[usize],
-    w: Matrix<'_, E>,
+    wanted: Wanted<'_, E>,
     options: Options,
     cancel: &Cancel,
 ) -> Result<Vec<f64>> {
-    let pairs = Pairs::new(features, ends, w.rows());
+    let (features, w) = (wanted.features, wanted.w);
+    let pairs = Pairs::new(features, wanted.ends, w.rows());
     let work = features.len().saturating_mul(w.width()) >> 18;
     let parts = options.threads.min(work).max(1);
     let mut sums = vec![0.0_f64; features.len()];
@@ -99,7 +108,7 @@ pub(super) fn products<E: Element>(
         rest = after;
     }
     let results = pool::map(tasks, |(range, sums)| {
-        products_of(x, row_numbers, w, &pairs, range, sums, options, cancel)
+        products_of(wanted, &pairs, range, sums, options, cancel)
     });
     results.into_iter().collect::<Result<()>>()?;
     let mut output = vec![0.0; features.len()];
@@ -110,40 +119,35 @@ pub(super) fn products<E: Element>(
 }
 
 /// The products of a range of features, in the order of `pairs`.
-#[allow(
-    clippy::too_many_arguments,
-    reason = "one call site, each of another kind"
-)]
 fn products_of<E: Element>(
-    x: Matrix<'_, E>,
-    row_numbers: &[usize],
-    w: Matrix<'_, E>,
+    wanted: Wanted<'_, E>,
     pairs: &Pairs,
     range: Range<usize>,
     sums: &mut [f64],
     options: Options,
     cancel: &Cancel,
 ) -> Result<()> {
+    let Wanted { x, w, sum, .. } = wanted;
     let width = w.width();
     // As many blocks of dimensions at once as keep all rows' in the cache.
-    let blocks = (CACHED / row_numbers.len().max(1) / BLOCK).max(1);
+    let blocks = (CACHED / wanted.rows.len().max(1) / BLOCK).max(1);
     let span = (blocks * BLOCK).min(width.next_multiple_of(BLOCK));
-    let mut block_of_x = vec![0.0_f32; row_numbers.len() * span];
+    let mut block_of_x = vec![0.0_f32; wanted.rows.len() * span];
     let base = pairs.starts[range.start];
-    let wanted = pairs.wanted(range);
+    let present = pairs.present(range);
     for start in (0..width).step_by(span.max(1)) {
         let here = span.min(width - start);
-        for (row, block) in row_numbers.iter().zip(block_of_x.chunks_exact_mut(span)) {
+        for (row, block) in wanted.rows.iter().zip(block_of_x.chunks_exact_mut(span)) {
             for (value, x) in block.iter_mut().zip(&x.row(*row)[start..start + here]) {
                 *value = x.to_f32();
             }
         }
-        for (at, feature) in wanted.iter().enumerate() {
+        for (at, feature) in present.iter().enumerate() {
             if at % 256 == 0 {
                 cancel.check()?;
             }
             let (from, to) = (pairs.starts[*feature], pairs.starts[*feature + 1]);
-            let next = wanted
+            let next = present
                 .get(at + 1)
                 .map(|next| &w.row(*next)[start..start + here]);
             let w = &w.row(*feature)[start..start + here];
@@ -161,9 +165,9 @@ fn products_of<E: Element>(
                         let row = *row as usize * span;
                         *part = &block_of_x[row + block..row + end];
                     }
-                    let found = dots(&w[block..end], parts, rows.len(), options.simd);
-                    for (sum, found) in sums.iter_mut().zip(found) {
-                        *sum += found;
+                    let found = dots(&w[block..end], &parts, rows.len(), sum, options.simd);
+                    for (total, found) in sums.iter_mut().zip(found) {
+                        *total += found;
                     }
                 }
             }
@@ -198,20 +202,25 @@ mod tests {
                     threads,
                     check_finite: true,
                 };
-                let found =
-                    products(x, &numbers, &features, &ends, w, options, &Cancel::new()).unwrap();
+                let all = Wanted {
+                    x,
+                    rows: &numbers,
+                    features: &features,
+                    ends: &ends,
+                    w,
+                    sum: Sum::Exact,
+                };
+                let found = products(all, options, &Cancel::new()).unwrap();
                 let mut at = 0;
                 for (row, end) in ends.iter().enumerate() {
                     while at < *end {
-                        let one = products(
-                            x,
-                            &[row],
-                            &features[at..=at],
-                            &[1],
-                            w,
-                            options,
-                            &Cancel::new(),
-                        );
+                        let one = Wanted {
+                            rows: &[row],
+                            features: &features[at..=at],
+                            ends: &[1],
+                            ..all
+                        };
+                        let one = products(one, options, &Cancel::new());
                         assert_eq!(found[at].to_bits(), one.unwrap()[0].to_bits());
                         at += 1;
                     }

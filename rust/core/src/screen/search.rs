@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::candidates::{raise_shared, Cut, List, Wanted};
+use super::candidates::{Cut, List, Pool, Wanted};
 use super::certificate::RowBound;
 use super::dither::Dither;
 use super::kernel::{Block, Kernel, Tiles};
@@ -18,14 +18,19 @@ use crate::select::Options;
 use crate::simd::Element;
 use crate::{pool, Cancel, Error, Result};
 
-/// Bytes of 8-bit rows that should stay in a core's second-level cache, beside what streams by.
-const CACHED_ROWS: usize = 1_400_000;
+/// Bytes of 8-bit rows that should stay in a core's second-level cache, beside what streams by. CPUs
+/// with AMX have 2 MiB, and it pays to fill them: weights are read once for all rows of a chunk.
+const CACHED_ROWS: usize = 900_000;
+const CACHED_ROWS_OF_AMX: usize = 1_900_000;
 /// Rows of a chunk at most.
 const MOST_ROWS: usize = 512;
 /// Steps between two rounds over the rows of a chunk: 16 KiB of weights stay in the first-level cache.
 const STEPS: usize = 8;
 /// Entries of a thread, beyond those wanted of all rows, at which it looks for a better bound.
 const MANY: usize = 1 << 15;
+
+/// Joining and cutting a row's lists takes microseconds: as much as this many products.
+pub(super) const COST: usize = 1 << 13;
 
 /// What the scan reads.
 pub(super) struct Search<'a> {
@@ -52,8 +57,14 @@ impl Search<'_> {
     /// Scans all rows of `x`.
     pub(super) fn run<E: Element>(&self, x: Matrix<'_, E>, cancel: &Cancel) -> Result<Found> {
         let row_bytes = (self.shape.steps() + 1) * super::layout::STEP;
-        let chunk = (CACHED_ROWS / row_bytes / PANEL * PANEL).clamp(PANEL, MOST_ROWS);
-        let chunk = chunk.min(x.rows().next_multiple_of(PANEL)).max(PANEL);
+        let cached = match self.kernel {
+            Kernel::Amx => CACHED_ROWS_OF_AMX,
+            _ => CACHED_ROWS,
+        };
+        let most = (cached / row_bytes / PANEL * PANEL).clamp(PANEL, MOST_ROWS);
+        // Chunks of about the same size: a small one costs nearly as much as a large one.
+        let chunks = x.rows().div_ceil(most).max(1);
+        let chunk = x.rows().div_ceil(chunks).next_multiple_of(PANEL).max(PANEL);
         let mut rows = Rows::new(self.shape, chunk)?;
         let rounder = Rounder {
             shape: self.shape,
@@ -64,6 +75,7 @@ impl Search<'_> {
             threads: self.options.threads,
         };
         let mut found = Found::default();
+        let mut pool = Pool::default();
         for first in (0..x.rows()).step_by(chunk) {
             cancel.check()?;
             let count = chunk.min(x.rows() - first);
@@ -82,14 +94,22 @@ impl Search<'_> {
             }
             let bounds = &found.bounds[first..];
             let lists = self.chunk(&rows, bounds, cancel)?;
-            found.lists.extend(lists);
             if let Wanted::AllRows(wanted, shared) = self.wanted {
-                raise_shared(&found.lists, wanted, &self.cut, shared);
-                let bound = f32::from_bits(shared.load(Ordering::Relaxed));
-                for list in &mut found.lists {
-                    list.drop_below(bound);
-                }
+                pool.add(&lists, wanted, &self.cut, shared);
             }
+            found.lists.extend(lists);
+        }
+        if let Wanted::AllRows(_, shared) = self.wanted {
+            let bound = f32::from_bits(shared.load(Ordering::Relaxed));
+            map_ranges_mut(
+                &mut found.lists,
+                1,
+                COST,
+                self.options.threads,
+                |_, lists| {
+                    lists.iter_mut().for_each(|list| list.drop_below(bound));
+                },
+            );
         }
         Ok(found)
     }
@@ -105,9 +125,7 @@ impl Search<'_> {
         });
         let mut parts = parts.into_iter().collect::<Result<Vec<_>>>()?;
         let mut lists = parts.pop().unwrap_or_default();
-        // Joining and cutting a row's lists takes microseconds: as much as this many products.
-        let cost = 1 << 13;
-        map_ranges_mut(&mut lists, 1, cost, self.options.threads, |rows, lists| {
+        map_ranges_mut(&mut lists, 1, COST, self.options.threads, |rows, lists| {
             let mut scratch = Vec::new();
             for (row, list) in rows.zip(lists) {
                 parts.iter().for_each(|part| list.append(&part[row]));
@@ -227,7 +245,7 @@ impl Scan<'_> {
     }
 
     fn cut_all(&mut self, wanted: usize, shared: &AtomicU32, lists: &mut [List]) {
-        raise_shared(lists, wanted, &self.search.cut, shared);
+        Pool::default().add(lists, wanted, &self.search.cut, shared);
         let bound = f32::from_bits(shared.load(Ordering::Relaxed));
         self.entries = 0;
         for list in lists {

@@ -15,7 +15,7 @@ use crate::Result;
 /// Further places: one step's worth.
 const PLACES: usize = STEP;
 /// Rows that are looked at for large dimensions.
-const SAMPLE: usize = 256;
+const SAMPLE: usize = 64;
 /// A new choice must promise a unit this many times smaller, else the old one is kept.
 const WORTH: f32 = 1.2;
 

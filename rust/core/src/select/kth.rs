@@ -1,5 +1,6 @@
 //! The k-th largest of many non-negative floats, by their bits (which order as they do).
 
+use crate::simd::Simd;
 use crate::{Cancel, Result};
 
 /// Above this many, selection is by counting, which can look at the cancel flag as it goes
@@ -14,9 +15,38 @@ pub(super) fn bound_below_kth(bits: &mut [u32], k: usize, cancel: &Cancel) -> Re
     if k == 0 || k > bits.len() {
         return Ok(0.0);
     }
-    let kth = kth_largest(bits, k, cancel)?;
-    // Positive floats order as their bits do, so one less is the float just below.
-    Ok(f32::from_bits(kth.saturating_sub(1)))
+    Ok(just_below(f32::from_bits(kth_largest(bits, k, cancel)?)))
+}
+
+/// Halvings of the range that holds the k-th largest: it is found to 1 in 2^14.
+const HALVINGS: u32 = 14;
+
+/// A little below the k-th largest of values that aren't negative, or that itself: for a few hundred
+/// values, counting again and again is faster than putting them in order. `k` is from 1 to their number.
+pub(crate) fn not_above_kth(values: &[f32], k: usize, simd: Simd) -> f32 {
+    let (mut low, mut high) = (
+        0.0_f32,
+        values.iter().fold(0.0_f32, |left, right| left.max(*right)),
+    );
+    for _ in 0..HALVINGS {
+        let middle = low + (high - low) / 2.0;
+        let count = simd.count_reaching(values, middle);
+        if count < k {
+            high = middle;
+            continue;
+        }
+        low = middle;
+        if count == k {
+            break;
+        }
+    }
+    low
+}
+
+/// The float just below one that isn't negative; 0 has none.
+pub(super) fn just_below(value: f32) -> f32 {
+    // Positive floats order as their bits do.
+    f32::from_bits(value.to_bits().saturating_sub(1))
 }
 
 /// The k-th largest of `bits`, which may be reordered; `k` is from 1 to their number.
@@ -63,6 +93,7 @@ fn from_the_top(counts: &[usize], k: usize) -> (u32, usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::simd::Level;
     use crate::Error;
     use proptest::prelude::*;
 
@@ -80,6 +111,12 @@ mod tests {
             prop_assert_eq!(kth_largest(&mut bits.clone(), k, &cancel).unwrap(), counted);
             bits.sort_unstable_by(|left, right| right.cmp(left));
             prop_assert_eq!(bits[k - 1], counted);
+            let values: Vec<f32> = bits.iter().map(|bits| f32::from_bits(*bits)).collect();
+            for simd in Level::ALL.into_iter().filter_map(Simd::new) {
+                let bound = not_above_kth(&values, k, simd);
+                prop_assert!(bound <= values[k - 1]);
+                prop_assert!(values[k - 1] - bound <= values[0] / 8192.0);
+            }
         }
     }
 

@@ -25,6 +25,7 @@ mod tests;
 
 pub use batch_topk::batch_topk;
 pub(crate) use batch_topk::{keep_largest, Candidates};
+pub(crate) use kth::not_above_kth;
 pub use threshold::{threshold, Threshold};
 pub use topk::topk;
 

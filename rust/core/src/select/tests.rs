@@ -223,3 +223,45 @@ fn each_selection_stops_when_cancelled() {
         }
     }
 }
+
+/// Rows of one kind, so that a sample tells about all; rows that fall off towards the last, so that a
+/// sample misleads; few large rows; zeros.
+#[test]
+fn batches_of_many_rows_are_right_whatever_a_sample_says() {
+    let (rows, width) = (130, 1100);
+    let noise = |at: usize| ((at * 7919 + at / 13) % 10_007) as f32 / 1000.0 - 5.0;
+    let scales: [&dyn Fn(usize) -> f32; 5] = [
+        &|_| 1.0,
+        &|row| 1.0 / (1 + row) as f32,
+        &|row| if row % 5 == 0 { 100.0 } else { 1.0 },
+        &|row| if row % 5 == 0 { 0.0 } else { 1.0 },
+        &|row| f32::from(row == 77),
+    ];
+    for scale in scales {
+        let values: Vec<f32> = (0..rows * width)
+            .map(|at| noise(at) * scale(at / width))
+            .collect();
+        for k in [1, 7, 64] {
+            check_all::<f32>(rows, width, &values, k, 4.0);
+        }
+        check_all::<bf16>(rows, width, &values, 20, 4.0);
+    }
+}
+
+#[test]
+fn a_bad_row_among_many_is_named() {
+    let (rows, width) = (100, 1100);
+    let mut values: Vec<f32> = (0..rows * width)
+        .map(|at| (at * 7919 % 1009) as f32)
+        .collect();
+    values[93 * width + 5] = f32::NAN;
+    values[71 * width + 1099] = f32::NEG_INFINITY;
+    let matrix = Matrix::new(&values, rows, width).unwrap();
+    for options in all_options() {
+        let found = batch_topk(matrix, 5, options, &Cancel::new());
+        assert!(
+            matches!(found, Err(Error::NonFinite { row: 71, .. })),
+            "{options:?}"
+        );
+    }
+}

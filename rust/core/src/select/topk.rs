@@ -1,9 +1,9 @@
 //! The k largest of each row.
 
-use super::kth::bound_below_kth;
+use super::kth::{just_below, not_above_kth};
 use super::{check, group_count, join, Codes, Options, Part};
 use crate::rows::{map_ranges, Matrix};
-use crate::simd::Element;
+use crate::simd::{prefetch, Element};
 use crate::{Cancel, Result};
 
 /// The k largest positive values of each row; fewer where fewer are positive.
@@ -24,8 +24,8 @@ pub fn topk<E: Element>(
         part.values.reserve(range.len() * k);
         part.indices.reserve(range.len() * k);
         let mut maxima = vec![0.0_f32; groups];
-        let mut bits = vec![0_u32; groups];
         let mut keys = Vec::new();
+        let last = range.end;
         for row in range {
             cancel.check()?;
             let values = pre_activations.row(row);
@@ -35,15 +35,18 @@ pub fn topk<E: Element>(
             } else {
                 maxima.fill(0.0);
                 let finite = options.simd.group_maxima(values, &mut maxima);
-                for (bits, maximum) in bits.iter_mut().zip(&maxima) {
-                    *bits = maximum.to_bits();
+                if k > 0 {
+                    bound = just_below(not_above_kth(&maxima, k, options.simd));
                 }
-                bound = bound_below_kth(&mut bits, k, cancel)?;
                 finite || !options.check_finite
             };
             if !finite {
                 part.bad_row = Some(row);
                 break;
+            }
+            // The rest is in the cache; the next row can be on its way.
+            if row + 1 < last {
+                prefetch(pre_activations.row(row + 1));
             }
             keys.clear();
             if k > 0 {

@@ -11,6 +11,9 @@ mod private {
 
 /// `f32` or `bf16`: what activations, codes and weights are made of. Sums are f32.
 pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + 'static {
+    /// Whether pre-activations are rounded so coarsely that a sum in f32 nearly always gives them.
+    const IS_COARSE: bool;
+
     /// Exact.
     fn to_f32(self) -> f32;
     /// To the nearest, ties to even.
@@ -21,6 +24,8 @@ pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + '
 }
 
 impl Element for f32 {
+    const IS_COARSE: bool = false;
+
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -36,6 +41,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const IS_COARSE: bool = true;
+
     #[inline(always)]
     fn to_f32(self) -> f32 {
         // The upper half of an f32; `half` also quietens NaN, which costs a branch.

@@ -193,6 +193,23 @@ impl Simd {
         dispatch!(self, collect_above(row, bound, keys))
     }
 
+    /// As [`Simd::collect_above`]; returns whether the whole row is finite.
+    #[inline]
+    pub fn collect_finite_above<E: Element>(
+        self,
+        row: &[E],
+        bound: f32,
+        keys: &mut Vec<u64>,
+    ) -> bool {
+        dispatch!(self, collect_finite_above(row, bound, keys))
+    }
+
+    /// How many values are not below `bound`.
+    #[inline]
+    pub fn count_reaching(self, values: &[f32], bound: f32) -> usize {
+        dispatch!(self, count_reaching(values, bound))
+    }
+
     /// As [`Simd::collect_above`] with a bound for each index, none negative.
     #[inline]
     pub fn collect_above_each<E: Element>(self, row: &[E], bounds: &[f32], keys: &mut Vec<u64>) {

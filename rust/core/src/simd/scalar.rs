@@ -32,6 +32,15 @@ pub(super) fn collect_above<E: Element>(row: &[E], bound: f32, keys: &mut Vec<u6
     }
 }
 
+pub(super) fn collect_finite_above<E: Element>(row: &[E], bound: f32, keys: &mut Vec<u64>) -> bool {
+    collect_above(row, bound, keys);
+    all_finite(row)
+}
+
+pub(super) fn count_reaching(values: &[f32], bound: f32) -> usize {
+    values.iter().filter(|value| **value >= bound).count()
+}
+
 pub(super) fn collect_above_each<E: Element>(row: &[E], bounds: &[f32], keys: &mut Vec<u64>) {
     for (index, (value, bound)) in row.iter().zip(bounds).enumerate() {
         let value = value.to_f32();

@@ -4,7 +4,7 @@ use std::arch::x86_64::{
     __m256, __m256i, _mm256_add_ps, _mm256_and_si256, _mm256_castps_si256, _mm256_cmp_ps,
     _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_movemask_ps,
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_storeu_ps,
-    _mm256_storeu_si256, _CMP_GT_OQ,
+    _mm256_storeu_si256, _CMP_GE_OQ, _CMP_GT_OQ,
 };
 
 use super::super::{key_of, scalar, Element};
@@ -74,6 +74,32 @@ pub(in super::super) fn collect_above<E: Element>(row: &[E], bound: f32, keys: &
         push_marked(row, start, mask, keys);
     }
     push_tail(row, whole, keys, |_| bound);
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(in super::super) fn collect_finite_above<E: Element>(
+    row: &[E],
+    bound: f32,
+    keys: &mut Vec<u64>,
+) -> bool {
+    // The second scan finds the row in the cache.
+    let finite = all_finite(row);
+    collect_above(row, bound, keys);
+    finite
+}
+
+#[target_feature(enable = "avx2,fma")]
+pub(in super::super) fn count_reaching(values: &[f32], bound: f32) -> usize {
+    let bounds = _mm256_set1_ps(bound);
+    let (vectors, rest) = values.as_chunks::<LANES>();
+    let mut count = scalar::count_reaching(rest, bound);
+    for vector in vectors {
+        // SAFETY: a chunk holds 8 f32.
+        let values = unsafe { _mm256_loadu_ps(vector.as_ptr()) };
+        let reaching = _mm256_cmp_ps::<_CMP_GE_OQ>(values, bounds);
+        count += _mm256_movemask_ps(reaching).count_ones() as usize;
+    }
+    count
 }
 
 #[target_feature(enable = "avx2,fma")]

@@ -1,10 +1,10 @@
 //! AVX-512F: 16 lanes.
 
 use std::arch::x86_64::{
-    _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512, _mm512_cmp_ps_mask, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_max_epi32, _mm512_max_ps, _mm512_reduce_add_ps,
+    __m512, _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512, _mm512_cmp_ps_mask,
+    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_max_epi32, _mm512_max_ps, _mm512_reduce_add_ps,
     _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_storeu_ps, _CMP_GT_OQ,
+    _mm512_setzero_si512, _mm512_storeu_ps, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_UNORD_Q,
 };
 
 use super::super::{key_of, scalar, Element};
@@ -15,25 +15,78 @@ const BLOCK: usize = 4 * LANES;
 
 #[target_feature(enable = "avx512f")]
 pub(in super::super) fn group_maxima<E: Element>(row: &[E], maxima: &mut [f32]) -> bool {
-    let magnitude = _mm512_set1_epi32(i32::MAX);
-    let mut largest = _mm512_setzero_si512();
+    let groups = maxima.len();
+    let whole = row.len() - row.len().checked_rem(groups).unwrap_or(0);
+    // Up to 16 vectors of maxima at once, so that they stay in registers.
     let mut finite = true;
-    for chunk in row.chunks(maxima.len().max(1)) {
-        let whole = chunk.len() - chunk.len() % LANES;
-        for start in (0..whole).step_by(LANES) {
-            // SAFETY: start + 16 <= whole <= chunk.len() <= maxima.len().
-            unsafe {
-                let values = E::load_16(chunk.as_ptr().add(start));
-                let at = maxima.as_mut_ptr().add(start);
-                // max returns its second operand when the first is NaN.
-                _mm512_storeu_ps(at, _mm512_max_ps(values, _mm512_loadu_ps(at)));
-                let bits = _mm512_and_epi32(_mm512_castps_si512(values), magnitude);
-                largest = _mm512_max_epi32(largest, bits);
+    let mut start = 0;
+    while start < groups {
+        let vectors = ((groups - start) / LANES).min(16);
+        let (row, maxima) = (&row[..whole], &mut maxima[start..]);
+        finite &= match vectors {
+            16 => maxima_of_columns::<E, 16>(row, groups, start, maxima),
+            12..16 => maxima_of_columns::<E, 12>(row, groups, start, maxima),
+            8..12 => maxima_of_columns::<E, 8>(row, groups, start, maxima),
+            4..8 => maxima_of_columns::<E, 4>(row, groups, start, maxima),
+            1..4 => maxima_of_columns::<E, 1>(row, groups, start, maxima),
+            _ => {
+                let columns = row.chunks_exact(groups);
+                columns.fold(true, |finite, columns| {
+                    finite & scalar::group_maxima(&columns[start..], maxima)
+                })
             }
-        }
-        finite &= scalar::group_maxima(&chunk[whole..], &mut maxima[whole..chunk.len()]);
+        };
+        start += match vectors {
+            0 => groups,
+            1..4 => LANES,
+            _ => vectors / 4 * 4 * LANES,
+        };
     }
-    finite & is_finite_magnitude(_mm512_reduce_max_epi32(largest))
+    finite & scalar::group_maxima(&row[whole..], maxima)
+}
+
+/// The maxima of `V` vectors' worth of groups, from `start` on; `row` is whole rounds of `groups`.
+#[target_feature(enable = "avx512f")]
+fn maxima_of_columns<E: Element, const V: usize>(
+    row: &[E],
+    groups: usize,
+    start: usize,
+    maxima: &mut [f32],
+) -> bool {
+    assert!(start + V * LANES <= groups && maxima.len() >= V * LANES);
+    let zero = _mm512_setzero_ps();
+    let mut largest = [zero; V];
+    // What is finite times 0 is 0; what isn't, NaN, which no sum loses.
+    let mut zeros = [zero; 4];
+    for (vector, largest) in largest.iter_mut().enumerate() {
+        // SAFETY: V vectors fit into maxima (asserted).
+        *largest = unsafe { _mm512_loadu_ps(maxima.as_ptr().add(vector * LANES)) };
+    }
+    for columns in row.chunks_exact(groups) {
+        for (vector, largest) in largest.iter_mut().enumerate() {
+            // SAFETY: start + V vectors <= groups, the length of `columns` (asserted).
+            let values = unsafe { E::load_16(columns.as_ptr().add(start + vector * LANES)) };
+            // max returns its second operand when the first is NaN.
+            *largest = _mm512_max_ps(values, *largest);
+            zeros[vector % 4] = _mm512_fmadd_ps(values, zero, zeros[vector % 4]);
+        }
+    }
+    for (vector, largest) in largest.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(maxima.as_mut_ptr().add(vector * LANES), *largest) };
+    }
+    are_zero(zeros)
+}
+
+/// Whether sums of products with 0 say that all factors were finite.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn are_zero(zeros: [__m512; 4]) -> bool {
+    let sum = _mm512_add_ps(
+        _mm512_add_ps(zeros[0], zeros[1]),
+        _mm512_add_ps(zeros[2], zeros[3]),
+    );
+    _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sum, sum) == 0
 }
 
 #[target_feature(enable = "avx512f")]
@@ -70,6 +123,45 @@ pub(in super::super) fn collect_above<E: Element>(row: &[E], bound: f32, keys: &
         push_marked(row, start, mask, keys);
     }
     push_tail(row, whole, keys, |_| bound);
+}
+
+#[target_feature(enable = "avx512f")]
+pub(in super::super) fn collect_finite_above<E: Element>(
+    row: &[E],
+    bound: f32,
+    keys: &mut Vec<u64>,
+) -> bool {
+    let bounds = _mm512_set1_ps(bound);
+    let zero = _mm512_setzero_ps();
+    let mut zeros = [zero; 4];
+    let whole = row.len() - row.len() % BLOCK;
+    for start in (0..whole).step_by(BLOCK) {
+        let mut mask = 0_u64;
+        for (vector, zeros) in zeros.iter_mut().enumerate() {
+            let offset = vector * LANES;
+            // SAFETY: start + 64 <= whole <= row.len(), and offset + 16 <= 64.
+            let values = unsafe { E::load_16(row.as_ptr().add(start + offset)) };
+            mask |= u64::from(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(values, bounds)) << offset;
+            *zeros = _mm512_fmadd_ps(values, zero, *zeros);
+        }
+        push_marked(row, start, mask, keys);
+    }
+    push_tail(row, whole, keys, |_| bound);
+    are_zero(zeros) & scalar::all_finite(&row[whole..])
+}
+
+#[target_feature(enable = "avx512f")]
+pub(in super::super) fn count_reaching(values: &[f32], bound: f32) -> usize {
+    let bounds = _mm512_set1_ps(bound);
+    let (vectors, rest) = values.as_chunks::<LANES>();
+    let mut count = scalar::count_reaching(rest, bound);
+    for vector in vectors {
+        // SAFETY: a chunk holds 16 f32.
+        let values = unsafe { _mm512_loadu_ps(vector.as_ptr()) };
+        let reaching = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(values, bounds);
+        count += reaching.count_ones() as usize;
+    }
+    count
 }
 
 #[target_feature(enable = "avx512f")]
