@@ -77,3 +77,21 @@ def test_errors_are_one_line(
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not out.exists()
+
+
+def test_dequantised_weights(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 1 plus 1?\n")
+    common = ("--model", checkpoint, "--prompts", prompts, "--layer", 1, "--mode", "prefill")
+    for engine in ("local", "stream"):
+        out = tmp_path / engine
+        result = r1sae(*common, "--out", out, "--engine", engine, "--fp8", "dequantize")
+        assert result.exit_code == 0, result.output
+        header = json.loads((out / "manifest.jsonl").read_text().splitlines()[0])
+        assert header["metadata"]["fp8"] == "dequantize"
+    again = r1sae(*common, "--out", tmp_path / "local")
+    assert again.exit_code == 1
+    assert "fp8 was 'dequantize' and is now 'w8a8'" in again.stderr
+    other = r1sae(*common, "--out", tmp_path / "hf", "--engine", "hf", "--fp8", "dequantize")
+    assert other.exit_code == 1
+    assert "--fp8 is of --engine local and stream" in other.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,21 @@ def engine(checkpoint: Path) -> LocalEngine:
 def tokenizer(checkpoint: Path) -> Tokenizer:
     """Its tokenizer."""
     return Tokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def parity(request: pytest.FixtureRequest) -> Callable[[str, float], None]:
+    """``parity(part, error)``: asserts an error relative to transformers' to be at most 1e-4.
+
+    Where R1SAE_PARITY_TABLE names a file, the line of DESIGN.md's table is appended to it.
+    """
+
+    def check(part: str, error: float) -> None:
+        table = os.environ.get("R1SAE_PARITY_TABLE")
+        if table:
+            case = request.node.name.removeprefix("test_").replace("_", " ")
+            with Path(table).open("a", encoding="utf-8") as file:
+                file.write(f"| {case} | {part} | {error:.1e} |\n")
+        assert error <= 1e-4, part
+
+    return check

@@ -284,6 +284,10 @@ def test_wrong_tensors_are_named(written: tuple[Path, R1Model]) -> None:
         (EXPERT, torch.zeros(fp8.shape, dtype=torch.int8), "I8, expected F8_E4M3"),
         (f"{EXPERT}_scale_inv", scales[:, :1].contiguous(), r"shape \(1, 1\), expected \(1, 2\)"),
         (f"{EXPERT}_scale_inv", scales.bfloat16(), "BF16, expected F32"),
+        (f"{EXPERT}_scale_inv", scales * torch.nan, "holds a NaN or an infinity"),
+        (f"{EXPERT}_scale_inv", scales / 0, "holds a NaN or an infinity"),
+        ("lm_head.weight", torch.zeros(96, 136).to(fp8.dtype), "is fp8, expected BF16"),
+        ("model.norm.weight", torch.zeros(136, dtype=torch.int64), "I64, expected F8_E4M3"),
     ):
         original = stored(directory, name)
         change(directory, name, value)
@@ -293,6 +297,21 @@ def test_wrong_tensors_are_named(written: tuple[Path, R1Model]) -> None:
         path = directory / json.loads((directory / INDEX_NAME).read_text())["weight_map"][name]
         save_file({**load_file(path), name: original}, path)
     load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(400.0, torch.float16), (3.399e38 / 448, torch.bfloat16)]
+)
+def test_weights_beyond_the_dtypes_largest_number(
+    written: tuple[Path, R1Model], scale: float, dtype: torch.dtype
+) -> None:
+    """Finite as stored, infinite in the dtype asked for: refused, not loaded."""
+    directory, _ = written
+    scales = stored(directory, f"{EXPERT}_scale_inv")
+    change(directory, f"{EXPERT}_scale_inv", torch.full_like(scales, scale))
+    with pytest.raises(CheckpointError, match=rf"{EXPERT}.*beyond .*largest number of {dtype}"):
+        load_model(directory, dtype=dtype, fp8="dequantize")
+    load_model(directory, dtype=torch.float32, fp8="dequantize")
 
 
 def test_index_without_a_tensor_or_its_scale(written: tuple[Path, R1Model]) -> None:

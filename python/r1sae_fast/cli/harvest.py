@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -38,6 +38,13 @@ class Computed(str, Enum):
 
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Fp8(str, Enum):
+    """How a checkpoint in fp8 is computed with."""
+
+    w8a8 = "w8a8"
+    dequantize = "dequantize"
 
 
 class Engines(str, Enum):
@@ -96,6 +103,13 @@ def harvest(
     engine_dtype: Annotated[
         Computed, typer.Option(help="Of the model's arithmetic.")
     ] = Computed.bfloat16,
+    fp8: Annotated[
+        Fp8,
+        typer.Option(
+            help="A checkpoint in fp8: fp8 weights and activations as R1 is served, or weights "
+            "dequantised to --engine-dtype."
+        ),
+    ] = Fp8.w8a8,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
     rows_per_shard: Annotated[int, typer.Option(min=1, help="About, a shard.")] = 16384,
     max_memory: Annotated[
@@ -147,6 +161,8 @@ def harvest(
 
     if engine is not Engines.stream and (max_memory or pass_tokens or scratch):
         raise ValueError("--max-memory, --pass-tokens and --scratch are of --engine stream")
+    if engine is Engines.hf and fp8 is not Fp8.w8a8:
+        raise ValueError("--fp8 is of --engine local and stream")
     source: Iterable[Item] = _problems(tiny_problems or 0, seed)
     if prompts is not None:
         source = read_prompts(prompts)
@@ -161,6 +177,7 @@ def harvest(
                 open_stream_engine(
                     model,
                     dtype=getattr(torch, engine_dtype.value),
+                    fp8=fp8.value,
                     device=device,
                     max_memory=max_memory,
                     pass_tokens=pass_tokens,
@@ -170,11 +187,13 @@ def harvest(
                 )
             )
         else:
+            options: dict[str, Any] = {} if engine is Engines.hf else {"fp8": fp8.value}
             model_engine = (HfEngine if engine is Engines.hf else LocalEngine).from_pretrained(
                 model,
                 dtype=getattr(torch, engine_dtype.value),
                 device=device,
                 last_layer=layer if mode is Mode.prefill else None,
+                **options,
             )
         stack.enter_context(bar)
         result = run(

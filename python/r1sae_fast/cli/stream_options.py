@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from r1sae_fast.r1.blocks import Fp8Mode
     from r1sae_fast.r1.engines.stream import StreamEngine, StreamProgress
     from r1sae_fast.r1.stream.plan import StreamPlan
 
@@ -17,6 +18,7 @@ def open_stream_engine(
     model: str,
     *,
     dtype: torch.dtype,
+    fp8: Fp8Mode,
     device: str,
     max_memory: str | None,
     pass_tokens: int | None,
@@ -42,6 +44,7 @@ def open_stream_engine(
         model,
         dtype,
         device,
+        fp8=fp8,
         max_memory=cap,
         pass_tokens=PASS_TOKENS if pass_tokens is None else pass_tokens,
         scratch=scratch,

@@ -27,16 +27,20 @@ const fn table() -> [f32; 256] {
 }
 
 /// `out[i] = value(codes[i]) * scale`, in f32.
+///
+/// What rounding would carry beyond the largest finite number becomes that number, here and in
+/// [`decode_bf16`]: a row that was finite when written is finite when read.
 pub fn decode_f32(codes: &[u8], scale: f32, out: &mut [f32]) {
     for (out, &code) in out.iter_mut().zip(codes) {
-        *out = E4M3[usize::from(code)] * scale;
+        *out = (E4M3[usize::from(code)] * scale).clamp(f32::MIN, f32::MAX);
     }
 }
 
-/// [`decode_f32`] rounded to the nearest bfloat16, ties to even.
+/// [`decode_f32`] rounded to the nearest finite bfloat16, ties to even.
 pub fn decode_bf16(codes: &[u8], scale: f32, out: &mut [bf16]) {
+    let largest = bf16::MAX.to_f32();
     for (out, &code) in out.iter_mut().zip(codes) {
-        *out = bf16::from_f32(E4M3[usize::from(code)] * scale);
+        *out = bf16::from_f32((E4M3[usize::from(code)] * scale).clamp(-largest, largest));
     }
 }
 
@@ -53,6 +57,20 @@ mod tests {
         assert_eq!(E4M3[0x38], 1.0);
         assert!(E4M3[0x7F].is_nan() && E4M3[0xFF].is_nan());
         assert_eq!(E4M3[0x80].to_bits(), (-0.0_f32).to_bits());
+    }
+
+    #[test]
+    fn what_was_finite_stays_finite() {
+        let (mut wide, mut half) = ([0.0; 3], [bf16::ZERO; 3]);
+        for scale in [f32::MAX / 448.0, (f32::MAX / 448.0).next_up()] {
+            decode_f32(&[0x7E, 0xFE, 0x38], scale, &mut wide);
+            assert!(wide.iter().all(|value| value.is_finite()));
+            assert!(wide[0] >= f32::MAX * 0.9999 && wide[1] == -wide[0] && wide[2] == scale);
+            decode_bf16(&[0x7E, 0xFE, 0x38], scale, &mut half);
+            assert_eq!((half[0], half[1]), (bf16::MAX, bf16::MIN));
+        }
+        decode_f32(&[0x7F, 0xFF, 0], 1.0, &mut wide);
+        assert!(wide[0].is_nan() && wide[1].is_nan());
     }
 
     #[test]
