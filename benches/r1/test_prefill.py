@@ -8,26 +8,38 @@ import pytest
 import torch
 
 
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over tokens, relative to the expected vectors' lengths."""
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
 @pytest.mark.parametrize("layer", [2, 3])
-@pytest.mark.parametrize(
-    "sizes", [(16, 256), (1, 512)], ids=lambda sizes: "x".join(map(str, sizes))
-)
+@pytest.mark.parametrize("size", [(16, 256), (1, 512)], ids=lambda size: "x".join(map(str, size)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.no_grad()
-def test_prefill_with_a_tap(versus, generator, tiny_pair, dtype, sizes, layer) -> None:
+def test_prefill_with_a_tap(versus, generator, tiny_pair, dtype, size, layer) -> None:
     engine, twin = tiny_pair(dtype)
-    tokens = torch.randint(3, engine.vocab_size, sizes, generator=generator)
+    tokens = torch.randint(3, engine.vocab_size, size, generator=generator)
 
     def theirs() -> torch.Tensor:
         return twin(tokens, output_hidden_states=True, use_cache=False).hidden_states[layer + 1]
 
-    found, expected = engine.residuals(tokens, layer).float(), theirs().float()
-    if layer == engine.num_layers - 1:  # transformers' last hidden state is normalised
-        found = engine.model.norm(found.to(dtype)).float()
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert float(error.median()) < (1e-4 if dtype == torch.float32 else 0.05)
+    def normed(residual: torch.Tensor) -> torch.Tensor:
+        # transformers' last hidden state is normalised
+        last = layer == engine.num_layers - 1
+        return (engine.model.norm(residual) if last else residual).float()
+
+    found, expected = normed(engine.residuals(tokens, layer)), theirs().float()
+    if dtype == torch.float32:
+        assert error_of(found, expected) < 1e-4
+    else:
+        # Rounding to bf16 sends some tokens to other experts: judged by the float32 truth.
+        _, exact_twin = tiny_pair(torch.float32)
+        states = exact_twin(tokens, output_hidden_states=True, use_cache=False).hidden_states
+        truth = states[layer + 1]
+        assert error_of(found, truth) < 1.5 * error_of(expected, truth)
     versus(
-        f"TinyR1 prefill {sizes[0]} x {sizes[1]}, tap at layer {layer}, {dtype}",
+        f"TinyR1 prefill {size[0]} x {size[1]}, tap at layer {layer}, {dtype}",
         ours=lambda: engine.residuals(tokens, layer),
         torch=theirs,
         work=(tokens.numel(), "tokens"),
