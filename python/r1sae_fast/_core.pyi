@@ -80,6 +80,56 @@ class Screen:
     @property
     def first_bad_feature(self) -> int | None: ...
 
+# -- training (rust/python/src/train.rs) --
+
+@final
+class FeatureLists:
+    def __new__(cls, indices: _Int32, row_offsets: _Int64, d_sae: int) -> FeatureLists: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def nnz(self) -> int: ...
+    def sums(self, values: NDArray[np.float32]) -> NDArray[np.float32]: ...
+
+_Sources: TypeAlias = Sequence[
+    tuple[FeatureLists, Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]]]
+]
+
+def gradient_of_values_by_feature(
+    gradient: NDArray[np.float32],
+    lists: FeatureLists,
+    w_dec: NDArray[np.float32],
+    threads: int,
+) -> NDArray[np.float32]: ...
+def gradient_rows(
+    sources: _Sources, features: _Int64, d_sae: int, d_in: int, threads: int
+) -> NDArray[np.float32]: ...
+def gradient_squared_norm(
+    sources: _Sources, weight: NDArray[np.float32], unit_rows: bool, threads: int
+) -> float: ...
+def gradient_norm_bound(sources: _Sources, d_sae: int, d_in: int, threads: int) -> float: ...
+def adam_update(
+    w: NDArray[np.float32],
+    m: NDArray[np.float32],
+    v: NDArray[np.float32],
+    asleep: _Int64,
+    sources: _Sources,
+    features: _Int64 | None,
+    *,
+    number: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scale: float,
+    unit_rows: bool,
+    freeze_idle: bool,
+    wake: bool,
+    threads: int,
+) -> None: ...
+
 # -- shards (rust/python/src/shards.rs) --
 
 _Bytes: TypeAlias = NDArray[np.uint8]

@@ -1,22 +1,27 @@
 """A step's hand-written gradients against autograd on the dense definition."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from r1sae_fast import ops
-from r1sae_fast.train import TrainConfig
-from r1sae_fast.train.gradients import Rows, backward, decode
+from r1sae_fast import SparseCodes, ops
+from r1sae_fast.optim import FactoredGradient
+from r1sae_fast.train import TrainConfig, factored
+from r1sae_fast.train import gradients as dense
+from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.step import Learner
 
 CPU = torch.device("cpu")
 
 
-def learner(d_in: int, seed: int, **settings: object) -> Learner:
+def learner(d_in: int, seed: int, *, in_factors: bool = True, **settings: object) -> Learner:
     """A learner with random weights, so that nothing cancels by the initialisation's symmetry."""
-    result = Learner(TrainConfig(**settings), d_in, CPU)  # type: ignore[arg-type]  # from tests
+    config = TrainConfig(**settings)  # type: ignore[arg-type]  # from tests
+    result = Learner(config, d_in, CPU, in_factors=in_factors)
     generator = torch.Generator().manual_seed(seed)
     for tensor in result.parameters.values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
@@ -49,6 +54,11 @@ def dense_gradients(of: Learner, x: Tensor, dead: Tensor) -> dict[str, Tensor]:
     return {name: tensor.grad for name, tensor in weights.items() if tensor.grad is not None}
 
 
+def written_out(gradient: Tensor | FactoredGradient) -> Tensor:
+    return gradient.to_dense() if isinstance(gradient, FactoredGradient) else gradient
+
+
+@pytest.mark.parametrize("in_factors", [False, True])
 @pytest.mark.parametrize("mode", ["batch_topk", "topk"])
 @pytest.mark.parametrize("tied", [False, True])
 @given(
@@ -60,11 +70,12 @@ def dense_gradients(of: Learner, x: Tensor, dead: Tensor) -> dict[str, Tensor]:
     seed=st.integers(0, 2**32),
 )
 def test_gradients_are_those_of_the_dense_definition(
-    mode: str, tied: bool, rows: int, d_in: int, d_sae: int, k: int, dead: int, seed: int
-) -> None:
+    in_factors: bool, mode: str, tied: bool, rows: int, d_in: int, d_sae: int, k: int, dead: int,
+    seed: int,
+) -> None:  # fmt: skip
     mine = learner(
         d_in, seed, d_sae=d_sae, k=k, mode=mode, tied=tied, aux_coefficient=0.5, aux_k=2,
-        dead_after_tokens=1000,
+        dead_after_tokens=1000, in_factors=in_factors,
     )  # fmt: skip
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
     pre = x @ mine.parameters["encoder"].T + mine.parameters["b_enc"]
@@ -77,16 +88,89 @@ def test_gradients_are_those_of_the_dense_definition(
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         size = float(expected[name].abs().max())
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * size + 1e-9)
+        found_here = written_out(gradient)
+        torch.testing.assert_close(found_here, expected[name], rtol=1e-4, atol=1e-5 * size + 1e-9)
 
 
-def test_rows_without_codes() -> None:
-    codes = Rows(
-        torch.empty(0), torch.empty(0, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
-    )
-    assert torch.equal(decode(codes, torch.ones(5, 2)), torch.zeros(3, 2))
-    for gradient in backward(codes, torch.ones(3, 2), torch.ones(5, 2), torch.ones(3, 2)):
-        assert not gradient.any()
+@pytest.mark.parametrize("backend", [dense, factored])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_rows_without_codes(backend: ModuleType, with_dead: bool) -> None:
+    codes = SparseCodes.from_dense(torch.zeros(3, 5))
+    assert torch.equal(dense.decode(codes, torch.ones(5, 2)), torch.zeros(3, 2))
+    weights = Weights(-torch.ones(5, 2), torch.ones(5, 2), torch.zeros(5))
+    auxiliary = Auxiliary(torch.arange(5), 2, 1.0) if with_dead else None
+    x, error = torch.ones(3, 2), torch.ones(3, 2)
+    found, loss = backend.gradients(codes, x, weights, error, 1.0, auxiliary)
+    for gradient in (found.encoder, found.decoder, found.b_enc):
+        assert not written_out(gradient).any()
+    # Nothing is explained of the leftover.
+    assert float(loss) == (1.0 if with_dead else 0.0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_dead_features_by_products_or_by_codes(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, share: float
+) -> None:
+    """Whichever way they are summed, and however few at a time."""
+    monkeypatch.setattr(factored, "_DENSE_SHARE", share)
+    monkeypatch.setattr("r1sae_fast.optim.factored._BLOCK_NUMBERS", 63 * 5)
+    settings = {"d_sae": 123, "k": 3, "tied": tied, "dead_after_tokens": 9, "aux_k": 20}
+    steps = [learner(63, 4, in_factors=mine, **settings) for mine in (True, False)]
+    dead = torch.arange(7, 100, 2)
+    x = torch.randn(70, 63, generator=torch.Generator().manual_seed(1))
+    for step in steps:
+        step.parameters["b_enc"][dead] = -3.0
+        step.unfired_tokens[dead] = 9
+        assert step.step(x, 1e-2).dead > 20
+    for name, expected in steps[1].parameters.items():
+        torch.testing.assert_close(steps[0].parameters[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+@pytest.mark.parametrize("mode", ["batch_topk", "topk"])
+def test_steps_are_those_of_torchs_adam_on_dense_gradients(
+    tied: bool, clip: float, mode: str
+) -> None:
+    settings = {"d_sae": 123, "k": 2, "mode": mode, "tied": tied, "gradient_clip": clip}
+    settings |= {"dead_after_tokens": 300, "aux_k": 7}
+    mine, truth = (learner(63, 3, in_factors=way, **settings) for way in (True, False))
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        x = torch.randn(70, 63, generator=generator)
+        before = {name: tensor.clone() for name, tensor in truth.tensors().items()}
+        mine.load_tensors(before)
+        figures, expected = mine.step(x, 1e-2), truth.step(x, 1e-2)
+        assert figures.dead == expected.dead
+        torch.testing.assert_close(figures.loss, expected.loss)
+        for name, tensor in truth.tensors().items():
+            found = mine.tensors()[name]
+            # Where a gradient is almost 0 Adam's first steps amplify its rounding.
+            size = 1e-2 if name in mine.parameters else float(tensor.abs().max())
+            wrong = (found - tensor).abs() > 1e-4 * tensor.abs() + 1e-3 * size
+            assert float(wrong.float().mean()) < (0.02 if number < 2 else 0.01), name
+
+
+def test_sparse_adam_leaves_features_without_codes_alone() -> None:
+    mine = learner(16, 0, d_sae=64, k=2, adam="sparse", aux_coefficient=0.0)
+    generator = torch.Generator().manual_seed(0)
+    mine.step(torch.randn(40, 16, generator=generator), 1e-2)
+    before = {name: tensor.clone() for name, tensor in mine.tensors().items()}
+    x = torch.randn(5, 16, generator=generator)
+    fired = mine._encode(x).indices.unique().long()
+    quiet = torch.ones(64, dtype=torch.bool)
+    quiet[fired] = False
+    mine.step(x, 1e-2)
+    for name in ("encoder", "decoder"):
+        for part in (name, f"adam.{name}.exp_avg", f"adam.{name}.exp_avg_sq"):
+            assert torch.equal(mine.tensors()[part][quiet], before[part][quiet])
+            assert not torch.equal(mine.tensors()[part][fired], before[part][fired])
+
+
+def test_sparse_adam_is_refused_where_it_can_t_be() -> None:
+    with pytest.raises(ValueError, match='adam is "sparse" on cpu'):
+        learner(16, 0, in_factors=False, d_sae=64, k=2, adam="sparse")
 
 
 def test_the_decoder_keeps_unit_rows_and_its_gradient_only_turns_them() -> None:

@@ -17,6 +17,7 @@ from r1sae_fast.ops.screen import (
     ScreenReport,
     best_screen,
 )
+from r1sae_fast.ops.sparse_grad import decode_in_factors, encode_in_factors
 from r1sae_fast.ops.threshold import threshold, threshold_reference
 from r1sae_fast.ops.topk import topk, topk_reference
 
@@ -29,7 +30,9 @@ __all__ = [
     "batch_topk_reference",
     "best_screen",
     "decode",
+    "decode_in_factors",
     "decode_reference",
+    "encode_in_factors",
     "set_simd",
     "simd_info",
     "threshold",

@@ -17,6 +17,7 @@ from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.ops._memory import empty_weights
+from r1sae_fast.optim.factored import Leave, leave_at
 from r1sae_fast.sae.config import Mode, SaeConfig, check_dtype
 
 __all__ = ["FastSAE"]
@@ -44,6 +45,11 @@ class FastSAE(nn.Module):
         b_enc, b_dec: parameters ``[d_sae]`` and ``[d_in]``, at first zero.
         threshold: buffer, float32, ``[]`` or ``[d_sae]``: in mode threshold the codes are what
             exceeds it. Negative: not calibrated yet.
+        sparse_grad: where True, a backward pass leaves the gradients of W_enc and W_dec at
+            ``parameter.factored_grad`` (a :class:`r1sae_fast.optim.FactoredGradient`, never written
+            out as a matrix) instead of ``.grad``, for :class:`r1sae_fast.optim.Adam` and
+            :func:`r1sae_fast.optim.clip_grad_norm_`; float32 on the CPU. It keeps x and the
+            reconstruction's gradient until the step, so neither may be written to before.
         metadata: free JSON data, saved with the weights (model, hook point, ...).
         screen: how :meth:`encode_sparse` computes: ``"auto"`` (at first), ``"int8"`` or ``"none"``,
             as :class:`ops.Screen` has them; :meth:`explain` tells what that comes to.
@@ -150,6 +156,7 @@ class FastSAE(nn.Module):
         self.check_finite = True
         self.screen = "auto"
         self._screen: ops.Screen | None = None
+        self.sparse_grad = False
         self.metadata: dict[str, Any] = {}
         if threshold is None:
             threshold = torch.full((), _UNSET, device=W_dec.device)
@@ -249,6 +256,8 @@ class FastSAE(nn.Module):
             TypeError, ValueError: as :meth:`pre_activations`; mode threshold without calibration.
             NonFiniteError: a row holds NaN or an infinity (unless check_finite is off).
         """
+        if self.sparse_grad and torch.is_grad_enabled():
+            return self._encode_in_factors(x)
         return self._encode(x, self.mode)
 
     def explain(self) -> ops.ScreenReport:
@@ -276,7 +285,11 @@ class FastSAE(nn.Module):
         if isinstance(codes, SparseCodes):
             if codes.d_sae != self.d_sae:
                 raise ValueError(f"the codes have d_sae {codes.d_sae}; expected {self.d_sae}")
-            return ops.decode(codes.to(self.dtype), self.W_dec, self.b_dec)
+            codes = codes.to(self.dtype)
+            if self.sparse_grad and torch.is_grad_enabled():
+                leave = self._leave_at(self.W_dec)
+                return ops.decode_in_factors(codes, self.W_dec, self.b_dec, leave)
+            return ops.decode(codes, self.W_dec, self.b_dec)
         return self._checked("codes", codes, self.d_sae, "d_sae") @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> tuple[Tensor, SparseCodes]:
@@ -415,6 +428,21 @@ class FastSAE(nn.Module):
         if mode == "batch_topk":
             return ops.batch_topk(pre_activations, self.k, check_finite=check)
         return ops.threshold(pre_activations, self._calibrated(), check_finite=check)
+
+    def _encode_in_factors(self, x: Tensor) -> SparseCodes:
+        with torch.no_grad():
+            codes = self.encode_sparse(x)
+        leave = self._leave_at(self.W_dec if self.tied else self.W_enc)
+        x = self._checked("x", x, self.d_in, "d_in")
+        return ops.encode_in_factors(codes, x, self.W_enc.T, self.b_enc, leave)
+
+    def _leave_at(self, parameter: Tensor) -> Leave:
+        if self.dtype != torch.float32 or self.device.type != "cpu":
+            raise TypeError(
+                f"sparse_grad with parameters of {self.dtype} on {self.device}; "
+                "expected float32 on the CPU: move the SAE or set sparse_grad to False"
+            )
+        return leave_at(parameter, self.d_sae, self.d_in)
 
     def _checked(self, name: str, x: Tensor, width: int, width_name: str) -> Tensor:
         if not isinstance(x, Tensor):

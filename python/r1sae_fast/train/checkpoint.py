@@ -19,7 +19,8 @@ from r1sae_fast.atomic import replacing
 from r1sae_fast.errors import CheckpointError
 
 FILE = "checkpoint.safetensors"
-_FORMAT, _VERSION = "r1sae-train", 1
+# Version 2 knows of rows that sleep (r1sae_fast.optim.Adam); in version 1 none does.
+_FORMAT, _VERSION, _READABLE = "r1sae-train", 2, (1, 2)
 _CENTRE = "standardisation.centre"
 
 
@@ -83,9 +84,9 @@ class Checkpoint:
                     f"{path}: not a training checkpoint of this package; "
                     "remove it, or train into another folder"
                 )
-            if header.get("version") != _VERSION:
+            if header.get("version") not in _READABLE:
                 raise CheckpointError(
-                    f"{path}: version {header.get('version')!r}; this package reads {_VERSION}; "
+                    f"{path}: version {header.get('version')!r}; this package reads {_READABLE}; "
                     "go on with the package that wrote it"
                 )
             counters = Counters(**header["counters"])

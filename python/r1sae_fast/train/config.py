@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MODES = ("batch_topk", "topk")
+ADAMS = ("dense", "sparse")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class TrainConfig:
             a short run has no time for small steps (found on TinyR1's residuals).
         beta1: Adam's decay of the mean gradient.
         beta2: Adam's decay of the mean squared gradient.
+        adam: "dense": the moments of a row whose feature has no codes decay and it moves on, as in
+            ``torch.optim.Adam``; "sparse" (CPU only): it is left as it is, moments too, as in
+            ``torch.optim.SparseAdam``, which saves its share of the memory traffic.
         warmup: share of the steps in which the rate rises linearly.
         decay: share of the steps, at the end, in which it falls linearly to 0.
         gradient_clip: largest norm of all gradients together.
@@ -54,6 +58,7 @@ class TrainConfig:
     learning_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.999
+    adam: str = "dense"
     warmup: float = 0.05
     decay: float = 0.3
     gradient_clip: float = 1.0
@@ -79,6 +84,8 @@ class TrainConfig:
             )
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
+        if self.adam not in ADAMS:
+            raise ValueError(f"adam is {self.adam!r}; expected one of {', '.join(ADAMS)}")
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, 0.0, math.inf)
         for name in ("beta1", "beta2", "threshold_decay"):

@@ -1,59 +1,110 @@
-"""The sparse half of a step: decode, and gradients that never make a ``[rows, d_sae]`` tensor.
+"""The gradients of a step in plain torch, on any device; no ``[rows, d_sae]`` tensor is made.
 
 Written with ``embedding_bag``, which is a CSR matrix times a dense one: a row's codes pick the
 decoder's rows; sorted by feature instead, a feature's codes pick the activations' rows. Each output
 row is summed by one thread in a fixed order, so that results do not depend on scheduling.
+
+On the CPU :mod:`r1sae_fast.train.factored` takes their place.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from r1sae_fast import ops
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.optim import FactoredGradient
 
-class Rows(NamedTuple):
-    """Codes in compressed rows; ``features`` and ``offsets`` int64, ``offsets`` with both ends."""
-
-    values: Tensor
-    features: Tensor
-    offsets: Tensor
+Matrix = TypeVar("Matrix", Tensor, FactoredGradient)
 
 
-class SparseGradients(NamedTuple):
-    """Gradients of the weights, feature by feature: both matrices ``[d_sae, d_in]``."""
+class Weights(NamedTuple):
+    """``encoder`` and ``decoder [d_sae, d_in]`` (the same tensor when tied), ``b_enc [d_sae]``."""
 
     encoder: Tensor
     decoder: Tensor
     b_enc: Tensor
 
 
-def decode(codes: Rows, decoder: Tensor) -> Tensor:
+class Auxiliary(NamedTuple):
+    """The loss in which ``k`` dead features a row explain what the others left over."""
+
+    dead: Tensor
+    """``[n]`` int64, rising; without codes in this batch."""
+    k: int
+    """At most n."""
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Gradients(Generic[Matrix]):
+    """By weight; the decoder's is in the encoder's, and the same, where the SAE is tied."""
+
+    encoder: Matrix
+    decoder: Matrix
+    b_enc: Tensor
+
+
+def decode(codes: SparseCodes, decoder: Tensor) -> Tensor:
     """``codes @ decoder`` without a bias: ``[rows, d_in]``."""
-    return _combine(codes.features, codes.offsets, codes.values, decoder)
+    return _combine(codes.indices.long(), codes.row_offsets, codes.values, decoder)
 
 
-def backward(codes: Rows, x: Tensor, decoder: Tensor, gradient: Tensor) -> SparseGradients:
-    """Gradients of the weights from that of the reconstruction.
+def gradients(
+    codes: SparseCodes,
+    x: Tensor,
+    weights: Weights,
+    error: Tensor,
+    scale: float,
+    auxiliary: Auxiliary | None,
+) -> tuple[Gradients[Tensor], Tensor]:
+    """Gradients of the weights, and the auxiliary loss.
 
     Args:
         codes: of ``rows`` rows; all values positive, so that relu passes every gradient.
         x: ``[rows, d_in]``, what was encoded.
-        decoder: ``[d_sae, d_in]``.
-        gradient: ``[rows, d_in]``, of the loss by the reconstruction.
+        error: ``[rows, d_in]``, reconstruction minus x; ``scale`` times it is the gradient of the
+            loss in the reconstruction.
     """
-    d_sae = decoder.shape[0]
+    encoder, decoder, b_enc = _backward(codes, x, weights.decoder, error * scale)
+    loss = error.new_zeros(())
+    if auxiliary is not None:
+        dead, k, coefficient = auxiliary
+        part = weights.decoder[dead]
+        pre = torch.addmm(weights.b_enc[dead], x, weights.encoder[dead].T)
+        of_dead = ops.topk(pre, k, check_finite=False)
+        # How much of the (constant) leftover, -error, they fail to explain, 1 being all of it.
+        # b_dec takes no part: it is in the leftover.
+        missed = decode(of_dead, part).add_(error)
+        size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
+        loss = missed.square().sum() / size
+        more = _backward(of_dead, x, part, missed.mul_(2.0 / size))
+        for mine, other in zip((encoder, decoder, b_enc), more, strict=True):
+            mine[dead] += coefficient * other
+    if weights.encoder is weights.decoder:
+        encoder.add_(decoder)
+        decoder = encoder
+    return Gradients(encoder, decoder, b_enc), loss
+
+
+def _backward(
+    codes: SparseCodes, x: Tensor, decoder: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of encoder, decoder and b_enc from that of the reconstruction."""
+    d_sae, features = decoder.shape[0], codes.indices.long()
     of_values = _gradient_of_values(codes, decoder, gradient)
-    order = codes.features.argsort(stable=True)
-    rows = torch.repeat_interleave(codes.offsets.diff(), output_size=codes.features.shape[0])[order]
-    counts = torch.bincount(codes.features, minlength=d_sae)
-    by_feature = F.pad(counts.cumsum(0), (1, 0))
-    return SparseGradients(
-        encoder=_combine(rows, by_feature, of_values[order], x),
-        decoder=_combine(rows, by_feature, codes.values[order], gradient),
-        b_enc=of_values.new_zeros(d_sae).index_add_(0, codes.features, of_values),
+    order = features.argsort(stable=True)
+    rows = torch.repeat_interleave(codes.row_offsets.diff(), output_size=codes.nnz)[order]
+    by_feature = F.pad(torch.bincount(features, minlength=d_sae).cumsum(0), (1, 0))
+    return (
+        _combine(rows, by_feature, of_values[order], x),
+        _combine(rows, by_feature, codes.values[order], gradient),
+        of_values.new_zeros(d_sae).index_add_(0, features, of_values),
     )
 
 
@@ -65,13 +116,13 @@ def _combine(indices: Tensor, offsets: Tensor, weights: Tensor, table: Tensor) -
     )
 
 
-def _gradient_of_values(codes: Rows, decoder: Tensor, gradient: Tensor) -> Tensor:
+def _gradient_of_values(codes: SparseCodes, decoder: Tensor, gradient: Tensor) -> Tensor:
     """Of each code the dot product of its row's gradient with its feature's decoder row."""
-    if codes.values.numel() == 0:
+    if codes.nnz == 0:
         return codes.values
     # Autograd has a kernel for it that gathers nothing: [codes, d_in] would be larger than all.
     with torch.enable_grad():
         values = codes.values.detach().requires_grad_()
-        output = _combine(codes.features, codes.offsets, values, decoder)
+        output = _combine(codes.indices.long(), codes.row_offsets, values, decoder)
     (result,) = torch.autograd.grad(output, values, gradient)
     return result

@@ -12,8 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from r1sae_fast import ops
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.optim import FactoredGradient, clip_grad_norm_
+from r1sae_fast.optim.factored import turning
+from r1sae_fast.optim.update import Settings, update
+from r1sae_fast.train import factored
+from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
-from r1sae_fast.train.gradients import backward, decode
+from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.select import select
 
 
@@ -34,9 +41,23 @@ class Learner:
 
     ``encoder`` and ``decoder`` are ``[d_sae, d_in]`` (the decoder is absent when tied), so that a
     feature's numbers lie together for the sparse products.
+
+    Args:
+        in_factors: whether gradients of matrices are never written out; default on the CPU, where
+            alone it is possible. Else they are plain torch, which is the truth for the other.
     """
 
-    def __init__(self, config: TrainConfig, d_in: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        d_in: int,
+        device: torch.device,
+        *,
+        in_factors: bool | None = None,
+    ) -> None:
+        self.in_factors = device.type == "cpu" if in_factors is None else in_factors
+        if config.adam == "sparse" and not self.in_factors:
+            raise ValueError(f'adam is "sparse" on {device}; expected "dense" there')
         self.config = config
         self.d_in = d_in
         self.device = device
@@ -49,12 +70,11 @@ class Learner:
             self.parameters["decoder"] = directions.clone()
         self.parameters["b_enc"] = torch.zeros(config.d_sae, device=device)
         self.parameters["b_dec"] = torch.zeros(d_in, device=device)
-        self.optimizer = torch.optim.Adam(
-            list(self.parameters.values()),
-            lr=config.peak_learning_rate,
-            betas=(config.beta1, config.beta2),
-            fused=True,
-        )
+        self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        """Adam's moments, by parameter; as torch.optim.Adam names them."""
+        self._torch_adam = None if self.in_factors else self._make_torch_adam()
+        self.screen = ops.Screen(self.parameters["encoder"], self.parameters["b_enc"])
+        """Finds codes on the CPU."""
         self.unfired_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         """Tokens since each feature last fired."""
         self.threshold = 0.0
@@ -70,69 +90,104 @@ class Learner:
     def step(self, x: Tensor, learning_rate: float) -> StepFigures:
         """Learns from standardised rows ``x [n, d_in]``, n at least 1."""
         figures, gradients = self.gradients(x)
+        plain: dict[str, Tensor] = {}
+        for name, gradient in gradients.items():
+            if isinstance(gradient, FactoredGradient):
+                # Where clipping and Adam look for it: torch's .grad takes tensors only.
+                self.parameters[name].factored_grad = gradient  # type: ignore[attr-defined]
+            else:
+                plain[name] = self.parameters[name].grad = gradient
+        if self._torch_adam is None:
+            self._factored_update(learning_rate)
+        else:
+            self._dense_update(self._torch_adam, plain, learning_rate)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+            parameter.factored_grad = None  # type: ignore[attr-defined]
+        return figures
+
+    def _factored_update(self, learning_rate: float) -> None:
+        config = self.config
+        unit_rows = [] if config.tied else [self.decoder]
+        clip_grad_norm_(self.parameters.values(), config.gradient_clip, unit_rows=unit_rows)
+        for name, parameter in self.parameters.items():
+            settings = Settings(
+                learning_rate,
+                betas=(config.beta1, config.beta2),
+                untouched="decay" if config.adam == "dense" else "freeze",
+                unit_rows=name == "decoder",
+            )
+            update(parameter, self.adam_state[name], settings)
+
+    def _make_torch_adam(self) -> torch.optim.Optimizer:
+        rate, betas = self.config.peak_learning_rate, (self.config.beta1, self.config.beta2)
+        parameters = list(self.parameters.values())
+        adam = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+        for name, parameter in self.parameters.items():
+            adam.state[parameter] = self.adam_state[name]
+        return adam
+
+    def _dense_update(
+        self, adam: torch.optim.Optimizer, gradients: dict[str, Tensor], learning_rate: float
+    ) -> None:
         if not self.config.tied:
             # Only what turns a decoder row counts: its length is 1 and stays so.
-            decoder, gradient = self.parameters["decoder"], gradients["decoder"]
-            along = (gradient * decoder).sum(1, keepdim=True)
-            gradient.addcmul_(decoder, along, value=-1.0)
+            gradients["decoder"] = turning(gradients["decoder"], self.decoder)
         norm = torch.stack([part.norm() for part in gradients.values()]).norm()
         factor = (self.config.gradient_clip / norm.clamp_min(1e-30)).clamp_max(1.0)
         for name, part in gradients.items():
             self.parameters[name].grad = part.mul_(factor)
-        for group in self.optimizer.param_groups:
+        for group in adam.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        adam.step()
         if not self.config.tied:
-            _unit_rows(self.parameters["decoder"])
-        return figures
+            _unit_rows(self.decoder)
 
     @torch.no_grad()
-    def gradients(self, x: Tensor) -> tuple[StepFigures, dict[str, Tensor]]:
+    def gradients(self, x: Tensor) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
-        config, weights = self.config, self.parameters
-        pre = torch.addmm(weights["b_enc"], x, weights["encoder"].T)
-        codes = select(pre, config.k, config.mode)
-        error = decode(codes, self.decoder).add_(weights["b_dec"]).sub_(x)
-        squared = error.square().sum()
-        loss = squared / error.numel()
-        gradient = error * (2.0 / error.numel())
-        sparse = backward(codes, x, self.decoder, gradient)
-
+        config, b_dec = self.config, self.parameters["b_dec"]
+        codes = self._encode(x)
         self.unfired_tokens += x.shape[0]
-        self.unfired_tokens[codes.features] = 0
+        self.unfired_tokens[codes.indices.long()] = 0
         dead = (self.unfired_tokens >= config.dead_tokens).nonzero().flatten()
-        aux_loss = loss.new_zeros(())
-        if dead.numel() and config.aux_coefficient:
-            aux_loss, of_dead = self._auxiliary(x, pre, error, dead)
-            for mine, more in zip(sparse, of_dead, strict=True):
-                mine[dead] += config.aux_coefficient * more
+        explains = bool(dead.numel() and config.aux_coefficient)
+        auxiliary = None
+        if explains:
+            k = min(config.resolved_aux_k(self.d_in), dead.numel())
+            auxiliary = Auxiliary(dead, k, config.aux_coefficient)
         self._follow_threshold(codes.values)
 
-        gradients = {"encoder": sparse.encoder}
-        if config.tied:
-            sparse.encoder.add_(sparse.decoder)
-        else:
-            gradients["decoder"] = sparse.decoder
-        gradients |= {"b_enc": sparse.b_enc, "b_dec": gradient.sum(0)}
+        error = self._decode(codes).add_(b_dec).sub_(x)
+        squared = error.square().sum()
+        scale = 2.0 / error.numel()
+        differentiate = factored.gradients if self.in_factors else dense.gradients
+        gradients, aux_loss = differentiate(codes, x, self._weights(), error, scale, auxiliary)
+        found: dict[str, Tensor | FactoredGradient] = {"encoder": gradients.encoder}
+        if not config.tied:
+            found["decoder"] = gradients.decoder
+        found |= {"b_enc": gradients.b_enc, "b_dec": error.sum(0).mul_(scale)}
         variance = (x - x.mean(0)).square().sum()
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, squared / variance, math.nan)
-        l0 = codes.values.shape[0] / x.shape[0]
-        return StepFigures(loss, aux_loss, fvu, l0, dead.numel()), gradients
+        l0 = codes.nnz / x.shape[0]
+        return StepFigures(squared / error.numel(), aux_loss, fvu, l0, dead.numel()), found
 
-    def _auxiliary(
-        self, x: Tensor, pre: Tensor, error: Tensor, dead: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """How much of the (constant) leftover the dead features fail to explain, 1 being all of
-        it, and the gradients of their weights. b_dec takes no part: it is in the leftover."""
-        k = min(self.config.resolved_aux_k(self.d_in), dead.numel())
-        codes = select(pre.index_select(1, dead), k, "topk")
-        decoder = self.decoder[dead]
-        missed = decode(codes, decoder).add_(error)  # error is -(leftover)
-        size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
-        aux_loss = missed.square().sum() / size
-        return aux_loss, tuple(backward(codes, x, decoder, missed.mul_(2.0 / size)))
+    def _weights(self) -> Weights:
+        return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
+
+    def _encode(self, x: Tensor) -> SparseCodes:
+        weights = self._weights()
+        if self.in_factors:
+            find = self.screen.batch_topk if self.config.mode == "batch_topk" else self.screen.topk
+            return find(x, self.config.k, check_finite=False)
+        pre = torch.addmm(weights.b_enc, x, weights.encoder.T)
+        return select(pre, self.config.k, self.config.mode)
+
+    def _decode(self, codes: SparseCodes) -> Tensor:
+        if self.in_factors:
+            return ops.decode(codes, self.decoder)
+        return dense.decode(codes, self.decoder)
 
     def _follow_threshold(self, values: Tensor) -> None:
         if values.numel() == 0:
@@ -156,8 +211,8 @@ class Learner:
     def tensors(self) -> dict[str, Tensor]:
         """All state that is tensors, by name; not copied."""
         state: dict[str, Tensor] = dict(self.parameters)
-        for name, parameter in self.parameters.items():
-            for part, tensor in self.optimizer.state.get(parameter, {}).items():
+        for name in self.parameters:
+            for part, tensor in self.adam_state[name].items():
                 state[f"adam.{name}.{part}"] = tensor
         state["unfired_tokens"] = self.unfired_tokens
         return state
@@ -172,8 +227,9 @@ class Learner:
                 for key, tensor in state.items()
                 if key.startswith(prefix)
             }
-            if parts:
-                self.optimizer.state[parameter] = parts
+            # In place: torch's Adam, where it is used, holds the same dict.
+            self.adam_state[name].clear()
+            self.adam_state[name].update(parts)
         self.unfired_tokens.copy_(state["unfired_tokens"])
 
 

@@ -128,7 +128,9 @@ class Run:
                 f"{folder}: holds a run already; give another folder, or resume=True to go on"
             )
         if saved is not None:
-            checkpoint.require_same(folder / checkpoint.FILE, saved.identity, self.identity)
+            # A run of before there was a choice.
+            identity = {"adam": "dense"} | saved.identity
+            checkpoint.require_same(folder / checkpoint.FILE, identity, self.identity)
             at = saved.counters
             self.standardisation = Standardisation(saved.centre, at.scale, at.norm_limit)
         else:

@@ -2,16 +2,19 @@
 //! and files, and never names Python.
 //!
 //! The modules follow the data: [`shard`] holds activations and codes on disk,
-//! [`screen`] finds codes without all pre-activations, [`select`] turns pre-activations into sparse codes, [`decode`] turns sparse
-//! codes back into activations, [`examples`] keeps each feature's strongest rows.
+//! [`screen`] finds codes without all pre-activations, [`select`] turns pre-activations into sparse
+//! codes, [`decode`] turns sparse codes back into activations, [`grad`] and [`adam`] train,
+//! [`examples`] keeps each feature's strongest rows.
 //! [`fp8`] quantises a model's weights and activations, [`r1`] is what stands between the products
 //! of its forward.
 
+pub mod adam;
 pub mod cancel;
 pub mod decode;
 pub mod error;
 pub mod examples;
 pub mod fp8;
+pub mod grad;
 pub mod memory;
 mod pool;
 pub mod r1;

@@ -57,6 +57,27 @@ fn ranges(rows: usize, cost: usize, threads: usize) -> Vec<Range<usize>> {
         .collect()
 }
 
+/// Splits `0..count` into at most `threads` contiguous ranges of about equal total `cost`; none of
+/// them is empty.
+pub(crate) fn by_cost(
+    count: usize,
+    threads: usize,
+    cost: impl Fn(usize) -> usize,
+) -> Vec<Range<usize>> {
+    let total = (0..count).fold(0_usize, |sum, at| sum.saturating_add(cost(at)));
+    let parts = threads.min(total / MIN_ELEMENTS).max(1);
+    let (mut ranges, mut start, mut sum) = (Vec::new(), 0, 0_usize);
+    for at in 0..count {
+        sum = sum.saturating_add(cost(at));
+        let share = (ranges.len() + 1) as u128 * total as u128 / parts as u128;
+        if (sum as u128 >= share && ranges.len() + 1 < parts) || at + 1 == count {
+            ranges.push(start..at + 1);
+            start = at + 1;
+        }
+    }
+    ranges
+}
+
 /// Calls `work` on contiguous ranges that cover `0..rows`; the results are in order of rows.
 pub(crate) fn map_ranges<R: Send>(
     rows: usize,
@@ -110,6 +131,32 @@ mod tests {
     fn small_work_stays_on_one_thread() {
         assert_eq!(ranges(10, 10, 8).len(), 1);
         assert_eq!(ranges(1 << 20, usize::MAX, 8).len(), 8);
+    }
+
+    #[test]
+    fn ranges_by_cost_cover_every_item_once() {
+        for count in [0, 1, 2, 7, 1000] {
+            for threads in [0, 1, 3, 64] {
+                // One item costs as much as all others together.
+                let cost = |at| {
+                    if at == 1 {
+                        count * MIN_ELEMENTS
+                    } else {
+                        MIN_ELEMENTS
+                    }
+                };
+                let ranges = by_cost(count, threads, cost);
+                let covered: Vec<usize> = ranges.iter().cloned().flatten().collect();
+                assert_eq!(covered, (0..count).collect::<Vec<_>>());
+                assert!(ranges.len() <= threads.max(1));
+                assert!(ranges.iter().all(|range| !range.is_empty()));
+            }
+        }
+        assert_eq!(
+            by_cost(100, 2, |at| if at < 10 { 1 << 20 } else { 0 }),
+            [0..5, 5..100]
+        );
+        assert_eq!(by_cost(100, 8, |_| 1).len(), 1);
     }
 
     #[test]

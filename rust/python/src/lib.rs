@@ -11,6 +11,7 @@ mod ops;
 mod r1;
 mod screen;
 mod shards;
+mod train;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -21,6 +22,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     r1::register(module)?;
     screen::register(module)?;
     shards::register(module)?;
+    train::register(module)?;
     module.add_class::<examples::ExampleAccumulator>()?;
     module.add_function(wrap_pyfunction!(examples::example_histogram_edges, module)?)?;
     module.add_function(wrap_pyfunction!(examples::example_sample_ranks, module)?)?;

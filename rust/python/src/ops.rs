@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 use r1sae_core::rows::Matrix;
 use r1sae_core::select::{self, Codes, Options, Threshold};
 use r1sae_core::simd::{set_active, Element, Level, Simd};
-use r1sae_core::{decode as core_decode, Cancel, Result};
+use r1sae_core::{decode as core_decode, grad, Cancel, Result};
 
 use crate::errors::to_py;
 use crate::interrupt::run;
@@ -245,7 +245,7 @@ fn gradient_of_values_as<'py, E: Crossing>(
     let (gradient, w_dec) = (matrix::<E>(gradient)?, matrix::<E>(w_dec)?);
     let output = run(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
-        core_decode::gradient_of_values(gradient, rows, w_dec, simd, codes.threads, cancel)
+        grad::gradient_of_values(gradient, rows, w_dec, simd, codes.threads, cancel)
     })?;
     Ok(array(py, output))
 }
@@ -287,7 +287,7 @@ fn gradient_of_weight_as<'py, E: Crossing>(
     let values = E::from_bits(slice(values)?);
     let output = run(py, codes.is_long(gradient.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, d_sae)?;
-        core_decode::gradient_of_weight(gradient, values, rows, simd, codes.threads, cancel)
+        grad::gradient_of_weight(gradient, values, rows, simd, codes.threads, cancel)
     })?;
     Ok(array(py, output))
 }

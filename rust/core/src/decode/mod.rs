@@ -1,15 +1,13 @@
-//! Sparse codes back to activations, and the two gradients of that.
+//! Sparse codes back to activations; the gradients of that are in [`crate::grad`].
 //!
 //! `W_dec` is `[d_sae, d_in]`, so each code reads one contiguous row. Sums are
 //! f32, in the order of the codes, whatever the element type and the number of
 //! threads.
 
-use crate::rows::{map_ranges, map_ranges_mut, Matrix};
+use crate::rows::{map_ranges_mut, Matrix};
 use crate::simd::{Element, Simd};
 use crate::{Cancel, Error, Result};
 
-/// Codes counted between two looks at the cancel flag.
-const BLOCK_CODES: usize = 1 << 20;
 /// Terms of one sum added between two looks at the cancel flag: milliseconds, however wide.
 const BLOCK_TERMS: usize = 1 << 10;
 
@@ -69,17 +67,28 @@ impl<'a> SparseRows<'a> {
         self.indices.len()
     }
 
-    fn range(self, row: usize) -> std::ops::Range<usize> {
+    /// Number of features.
+    pub fn d_sae(self) -> usize {
+        self.d_sae
+    }
+
+    /// The feature of each code, in order of rows.
+    pub fn indices(self) -> &'a [i32] {
+        self.indices
+    }
+
+    /// Which codes are of row `row`.
+    pub(crate) fn range(self, row: usize) -> std::ops::Range<usize> {
         self.row_offsets[row] as usize..self.row_offsets[row + 1] as usize
     }
 
     /// About how many elements of width `width` a row costs.
-    fn cost(self, width: usize) -> usize {
+    pub(crate) fn cost(self, width: usize) -> usize {
         (self.nnz() / self.rows().max(1) + 1).saturating_mul(width)
     }
 }
 
-fn check_len(what: &str, found: usize, expected: usize) -> Result<()> {
+pub(crate) fn check_len(what: &str, found: usize, expected: usize) -> Result<()> {
     if found == expected {
         return Ok(());
     }
@@ -135,122 +144,8 @@ pub fn decode<E: Element>(
     Ok(output)
 }
 
-/// The gradient of [`decode`] in `values`: `<gradient[r], w_dec[indices[i]]>`.
-///
-/// # Errors
-/// Shapes that disagree; `cancel`.
-pub fn gradient_of_values<E: Element>(
-    gradient: Matrix<'_, E>,
-    codes: SparseRows<'_>,
-    w_dec: Matrix<'_, E>,
-    simd: Simd,
-    threads: usize,
-    cancel: &Cancel,
-) -> Result<Vec<E>> {
-    check_len("rows of the gradient", gradient.rows(), codes.rows())?;
-    check_len("columns of the gradient", gradient.width(), w_dec.width())?;
-    check_len("rows of w_dec", w_dec.rows(), codes.d_sae)?;
-    let cost = codes.cost(w_dec.width());
-    let parts = map_ranges(codes.rows(), cost, threads, |range| {
-        let mut output = Vec::new();
-        let mut left = vec![0.0_f32; gradient.width()];
-        for row in range {
-            cancel.check()?;
-            for (left, value) in left.iter_mut().zip(gradient.row(row)) {
-                *left = value.to_f32();
-            }
-            let indices = &codes.indices[codes.range(row)];
-            output.extend(
-                indices
-                    .iter()
-                    .map(|index| E::from_f32(simd.dot(&left, w_dec.row(*index as usize)))),
-            );
-        }
-        Ok(output)
-    });
-    Ok(parts.into_iter().collect::<Result<Vec<_>>>()?.concat())
-}
-
-/// The gradient of [`decode`] in `w_dec`, `[d_sae, d_in]`: row `f` is the sum of
-/// `values[i] * gradient[r]` over the codes of feature `f`, in rising row.
-///
-/// # Errors
-/// Shapes that disagree; `cancel`.
-pub fn gradient_of_weight<E: Element>(
-    gradient: Matrix<'_, E>,
-    values: &[E],
-    codes: SparseRows<'_>,
-    simd: Simd,
-    threads: usize,
-    cancel: &Cancel,
-) -> Result<Vec<E>> {
-    let (d_in, d_sae) = (gradient.width(), codes.d_sae);
-    check_len("rows of the gradient", gradient.rows(), codes.rows())?;
-    check_len("length of values", values.len(), codes.nnz())?;
-    let by_feature = by_feature(codes, values, cancel)?;
-    let mut output = vec![E::default(); d_sae.saturating_mul(d_in)];
-    let cost = (codes.nnz() / d_sae.max(1) + 1).saturating_mul(d_in);
-    let parts = map_ranges_mut(&mut output, d_in, cost, threads, |range, part| {
-        let mut sum = vec![0.0_f32; d_in];
-        for (feature, output) in range.zip(part.chunks_exact_mut(d_in)) {
-            cancel.check()?;
-            let entries =
-                &by_feature.entries[by_feature.offsets[feature]..by_feature.offsets[feature + 1]];
-            if entries.is_empty() {
-                continue;
-            }
-            sum.fill(0.0);
-            let terms = entries
-                .iter()
-                .map(|(row, value)| (*value, gradient.row(*row)));
-            add_terms(simd, &mut sum, terms, cancel)?;
-            round_into(&sum, output);
-        }
-        Ok(())
-    });
-    parts.into_iter().collect::<Result<()>>()?;
-    Ok(output)
-}
-
-/// The same codes by feature: those of `f` are `entries[offsets[f]..offsets[f + 1]]`, each a
-/// row and a value, in rising row.
-struct ByFeature {
-    offsets: Vec<usize>,
-    entries: Vec<(usize, f32)>,
-}
-
-/// A counting sort.
-fn by_feature<E: Element>(
-    codes: SparseRows<'_>,
-    values: &[E],
-    cancel: &Cancel,
-) -> Result<ByFeature> {
-    let d_sae = codes.d_sae;
-    let mut offsets = vec![0_usize; d_sae + 1];
-    for block in codes.indices.chunks(BLOCK_CODES) {
-        cancel.check()?;
-        for index in block {
-            offsets[*index as usize + 1] += 1;
-        }
-    }
-    for feature in 0..d_sae {
-        offsets[feature + 1] += offsets[feature];
-    }
-    let mut next = offsets.clone();
-    let mut entries = vec![(0, 0.0); codes.nnz()];
-    for row in 0..codes.rows() {
-        cancel.check()?;
-        for at in codes.range(row) {
-            let slot = &mut next[codes.indices[at] as usize];
-            entries[*slot] = (row, values[at].to_f32());
-            *slot += 1;
-        }
-    }
-    Ok(ByFeature { offsets, entries })
-}
-
 /// `sum += scale * row` for every term, in order, four at a time.
-fn add_terms<'a, E: Element>(
+pub(crate) fn add_terms<'a, E: Element>(
     simd: Simd,
     sum: &mut [f32],
     terms: impl Iterator<Item = (f32, &'a [E])>,
@@ -275,7 +170,7 @@ fn add_terms<'a, E: Element>(
     Ok(())
 }
 
-fn round_into<E: Element>(sum: &[f32], output: &mut [E]) {
+pub(crate) fn round_into<E: Element>(sum: &[f32], output: &mut [E]) {
     for (output, sum) in output.iter_mut().zip(sum) {
         *output = E::from_f32(*sum);
     }

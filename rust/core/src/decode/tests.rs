@@ -3,7 +3,10 @@
 use half::bf16;
 use proptest::prelude::*;
 
-use super::{decode, gradient_of_values, gradient_of_weight, SparseRows};
+use super::{decode, SparseRows};
+use crate::grad::{
+    gradient_of_values, gradient_of_values_by_feature, gradient_of_weight, FeatureLists,
+};
 use crate::rows::Matrix;
 use crate::simd::{Element, Level, Simd};
 use crate::{Cancel, Error};
@@ -120,10 +123,36 @@ fn check<E: Element>(problem: &Problem, unit: f64) {
     }
 }
 
+/// The two orders of going through the codes.
+fn check_orders(problem: &Problem) {
+    let indices: Vec<i32> = problem
+        .rows
+        .iter()
+        .flatten()
+        .map(|code| code.0 as i32)
+        .collect();
+    let mut offsets = vec![0_i64];
+    for row in &problem.rows {
+        offsets.push(offsets[offsets.len() - 1] + row.len() as i64);
+    }
+    let codes = SparseRows::new(&indices, &offsets, problem.d_sae).unwrap();
+    let lists = FeatureLists::new(codes, &Cancel::new()).unwrap();
+    let w_dec = Matrix::new(&problem.w_dec, problem.d_sae, problem.d_in).unwrap();
+    let gradient = Matrix::new(&problem.gradient, problem.rows.len(), problem.d_in).unwrap();
+    for simd in Level::ALL.into_iter().filter_map(Simd::new) {
+        let cancel = Cancel::new();
+        let by_row = gradient_of_values(gradient, codes, w_dec, simd, 2, &cancel).unwrap();
+        let by_feature =
+            gradient_of_values_by_feature(gradient, &lists, w_dec, simd, 2, &cancel).unwrap();
+        assert_eq!(by_row, by_feature);
+    }
+}
+
 proptest! {
     #[test]
     fn decoding_and_gradients_equal_dense_sums(problem in problem()) {
         check::<f32>(&problem, 0.0);
+        check_orders(&problem);
         // Half a unit in the last of 8 bits.
         check::<bf16>(&problem, 1.0 / 256.0);
     }
@@ -142,9 +171,13 @@ fn results_do_not_depend_on_the_number_of_threads() {
     let codes = SparseRows::new(&indices, &offsets, d_sae).unwrap();
     let w_dec = Matrix::new(&w_dec, d_sae, d_in).unwrap();
     let gradient = Matrix::new(&gradient, rows, d_in).unwrap();
+    let lists = FeatureLists::new(codes, &Cancel::new()).unwrap();
     for simd in Level::ALL.into_iter().filter_map(Simd::new) {
         let run = |threads| {
+            let cancel = Cancel::new();
             (
+                gradient_of_values_by_feature(gradient, &lists, w_dec, simd, threads, &cancel)
+                    .unwrap(),
                 decode(&values, codes, w_dec, None, simd, threads, &Cancel::new()).unwrap(),
                 gradient_of_values(gradient, codes, w_dec, simd, threads, &Cancel::new()).unwrap(),
                 gradient_of_weight(gradient, &values, codes, simd, threads, &Cancel::new())

@@ -1,0 +1,65 @@
+"""Gradient clipping without writing factored gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from r1sae_fast.optim.factored import factored_gradient, feature_major, turning
+
+__all__ = ["clip_grad_norm_"]
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, *, unit_rows: Iterable[Tensor] = ()
+) -> float | None:
+    """Scales all gradients, factored and dense, so that their common norm is at most ``max_norm``.
+
+    Where a cheap bound of the norm is within ``max_norm`` already, the norm isn't computed.
+
+    Args:
+        parameters: those whose gradients count.
+        max_norm: more than 0.
+        unit_rows: parameters of rows of norm 1, of whose gradients only what turns them counts
+            (as with :class:`Adam`'s ``unit_rows``).
+
+    Returns:
+        The norm before; None where only its bound was needed.
+
+    Raises:
+        ValueError: ``max_norm`` is not above 0.
+    """
+    if not max_norm > 0.0:
+        raise ValueError(f"max_norm is {max_norm}; expected more than 0")
+    parameters = list(parameters)
+    turned = {id(parameter) for parameter in unit_rows}
+    dense, factored, squared = [], [], 0.0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dense.append(parameter.grad)
+            turns = id(parameter) in turned
+            counted = turning(parameter.grad, parameter) if turns else parameter.grad
+            squared += float(counted.norm()) ** 2
+        gradient = factored_gradient(parameter)
+        if gradient is not None:
+            factored.append((gradient, parameter))
+    bound = squared + sum(gradient.norm_bound() ** 2 for gradient, _ in factored)
+    # False for NaN, which then shows itself in the norm.
+    if bound <= max_norm**2:
+        return None
+    for gradient, parameter in factored:
+        weight = feature_major(parameter)
+        if weight is None:
+            raise ValueError("a factored gradient for a parameter that is not a contiguous matrix")
+        squared += gradient.norm(weight, unit_rows=id(parameter) in turned) ** 2
+    norm = float(squared**0.5)
+    if not norm <= max_norm:
+        factor = max_norm / norm
+        for gradient, _ in factored:
+            gradient.scale_(factor)
+        for tensor in dense:
+            tensor.mul_(factor)
+    return norm

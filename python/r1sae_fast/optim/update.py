@@ -1,0 +1,169 @@
+"""One step of Adam on one parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from r1sae_fast import _core
+from r1sae_fast.optim.factored import (
+    FactoredGradient,
+    RustSource,
+    factored_gradient,
+    feature_major,
+    turning,
+)
+
+__all__ = ["Settings", "Untouched", "update"]
+
+Untouched = Literal["decay", "freeze"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See :class:`r1sae_fast.optim.Adam`."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    untouched: Untouched = "decay"
+    unit_rows: bool = False
+
+
+def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> None:
+    """Moves ``parameter`` against its gradients, dense and factored; one of them must be there.
+
+    Args:
+        state: empty before the first step.
+
+    Raises:
+        ValueError: a factored gradient for a parameter that Rust can't take.
+    """
+    factored = factored_gradient(parameter)
+    if not state:
+        state["step"] = torch.zeros(())
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    state["step"] += 1
+    arrays = []
+    for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]):
+        array = _rows(tensor)
+        if array is None:
+            break
+        arrays.append(array)
+    else:
+        combined = FactoredGradient(*arrays[0].shape)
+        if factored is not None:
+            combined.extend(factored)
+        if parameter.grad is not None:
+            every = torch.arange(combined.d_sae)
+            combined.add_rows(every, _as_rows(parameter.grad, parameter))
+        _fused_step(settings, state, arrays, combined)
+        # Torch didn't see it, and who keeps a copy of the weights asks torch.
+        torch.autograd.graph.increment_version(parameter)
+        return
+    if factored is not None:
+        raise ValueError(
+            f"a factored gradient for a parameter of {parameter.dtype} on {parameter.device} "
+            f"with strides {parameter.stride()}; expected float32 on the CPU, [d_sae, d_in] "
+            "contiguous or its transpose"
+        )
+    _plain_step(settings, state, parameter)
+
+
+def _fused_step(
+    settings: Settings,
+    state: dict[str, Tensor],
+    arrays: list[NDArray[np.float32]],
+    factored: FactoredGradient,
+) -> None:
+    """The step in Rust, in place."""
+    w, m, v = arrays
+    # Which rows sleep (see the Rust core), and the least learning rate since one fell asleep.
+    asleep = state.get("asleep")
+    if asleep is None or asleep.dtype != torch.int64:
+        # Loading a state dict makes every tensor of the parameter's dtype.
+        none = torch.zeros(factored.d_sae, dtype=torch.int64)
+        asleep = state["asleep"] = none if asleep is None else asleep.to(torch.int64)
+        state.setdefault("least_rate", torch.zeros(()))
+    rate, least = settings.lr, float(state["least_rate"])
+    wake = rate > 2.0 * least
+    state["least_rate"] = torch.tensor(rate if wake else min(rate, least))
+
+    def update(sources: list[RustSource], features: Tensor | None) -> None:
+        beta1, beta2 = settings.betas
+        _core.adam_update(
+            w,
+            m,
+            v,
+            asleep.numpy(),
+            sources,
+            None if features is None else features.numpy(),
+            number=int(state["step"]),
+            learning_rate=rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=settings.eps,
+            scale=1.0,
+            unit_rows=settings.unit_rows,
+            freeze_idle=settings.untouched == "freeze",
+            wake=wake,
+            threads=torch.get_num_threads(),
+        )
+
+    others = None
+    if factored.products:
+        rest = torch.ones(factored.d_sae, dtype=torch.bool)
+        for product in factored.products:
+            rest[product.features] = False
+        others = rest.nonzero().flatten()
+    update(factored.rust_sources(), others)
+    for product in factored.products:
+        for features, block in product.blocks():
+            part = FactoredGradient(factored.d_sae, factored.d_in)
+            part.add_rows(features, block)
+            update(part.rust_sources(), features)
+
+
+def _plain_step(settings: Settings, state: dict[str, Tensor], parameter: Tensor) -> None:
+    """The same, for any dtype and device, from a dense gradient."""
+    gradient = parameter.grad
+    if gradient is None:
+        return
+    if settings.unit_rows:
+        gradient = turning(gradient, parameter)
+    beta1, beta2 = settings.betas
+    number = int(state["step"])
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    root = (square.sqrt() / (1 - beta2**number) ** 0.5).add_(settings.eps)
+    parameter.addcdiv_(mean, root, value=-settings.lr / (1 - beta1**number))
+    if settings.unit_rows:
+        parameter.div_(parameter.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+
+def _rows(tensor: Tensor) -> NDArray[np.float32] | None:
+    """As the rows that Rust works on, the same memory; None where it can't."""
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or tensor.is_sparse:
+        return None
+    tensor = tensor.detach()
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(1, -1) if tensor.is_contiguous() else tensor
+    matrix = feature_major(tensor)
+    if matrix is None:
+        return None
+    array: NDArray[np.float32] = matrix.numpy()
+    return array
+
+
+def _as_rows(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A dense gradient, laid out as :func:`_rows` lays out its parameter."""
+    if parameter.dim() != 2:
+        return gradient.reshape(1, -1)
+    return gradient if parameter.is_contiguous() else gradient.T

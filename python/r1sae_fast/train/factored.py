@@ -1,0 +1,85 @@
+"""The gradients of a step on the CPU, as sums over codes that are never written out.
+
+The twin of :mod:`r1sae_fast.train.gradients`, which says what each of these is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from r1sae_fast import ops
+from r1sae_fast.codes import SparseCodes
+from r1sae_fast.ops.sparse_grad import feature_lists, gradient_of_values
+from r1sae_fast.optim import FactoredGradient
+from r1sae_fast.train.gradients import Auxiliary, Gradients, Weights
+
+_DENSE_SHARE = 0.05
+"""From this share of features a row on, a matrix product beats sums over codes."""
+
+
+def gradients(
+    codes: SparseCodes,
+    x: Tensor,
+    weights: Weights,
+    error: Tensor,
+    scale: float,
+    auxiliary: Auxiliary | None,
+) -> tuple[Gradients[FactoredGradient], Tensor]:
+    """As :func:`r1sae_fast.train.gradients.gradients`; ``x`` and ``error`` are kept, not copied."""
+    d_sae, d_in = weights.decoder.shape
+    encoder = FactoredGradient(d_sae, d_in)
+    tied = weights.encoder is weights.decoder
+    decoder = encoder if tied else FactoredGradient(d_sae, d_in)
+    result = Gradients(encoder, decoder, torch.zeros(d_sae))
+    _add(result, codes, x, weights.decoder, error, scale)
+    if auxiliary is None:
+        return result, torch.zeros(())
+    return result, _add_auxiliary(result, x, weights, error, auxiliary)
+
+
+def _add(
+    to: Gradients[FactoredGradient],
+    codes: SparseCodes,
+    x: Tensor,
+    decoder: Tensor,
+    gradient: Tensor,
+    scale: float,
+) -> None:
+    """Adds what ``scale * gradient`` of the reconstruction makes of the codes."""
+    lists = feature_lists(codes.indices, codes.row_offsets, decoder.shape[0])
+    of_values = gradient_of_values(lists, gradient, decoder).mul_(scale)
+    to.encoder.add(lists, of_values, x)
+    to.decoder.add(lists, scale * codes.values, gradient)
+    to.b_enc.add_(torch.from_numpy(lists.sums(of_values.numpy())))
+
+
+def _add_auxiliary(
+    to: Gradients[FactoredGradient], x: Tensor, weights: Weights, error: Tensor, by: Auxiliary
+) -> Tensor:
+    dead, decoder = by.dead, weights.decoder[by.dead]
+    pre = torch.addmm(weights.b_enc[dead], x, weights.encoder[dead].T)
+    codes = ops.topk(pre, by.k, check_finite=False)
+    del pre
+    dense = codes.nnz > _DENSE_SHARE * codes.rows * codes.d_sae
+    kept = codes.to_dense() if dense else None
+    missed = (ops.decode(codes, decoder) if kept is None else kept @ decoder).add_(error)
+    size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
+    loss = missed.square().sum() / size
+    scale = by.coefficient * 2.0 / float(size)
+    if kept is None:
+        features = dead[codes.indices.long()].to(torch.int32)
+        d_sae = weights.decoder.shape[0]
+        among_all = SparseCodes(codes.values, features, codes.row_offsets, d_sae)
+        _add(to, among_all, x, weights.decoder, missed, scale)
+        return loss
+    of_values = (missed @ decoder.T).mul_(scale).mul_(kept > 0)
+    to.b_enc[dead] += of_values.sum(0)
+    kept.mul_(scale)
+    if to.decoder is to.encoder:
+        left, right = torch.cat([of_values, kept]), torch.cat([x, missed])
+        to.encoder.add_product(dead, left, right)
+    else:
+        to.encoder.add_product(dead, of_values, x)
+        to.decoder.add_product(dead, kept, missed)
+    return loss

@@ -1,0 +1,309 @@
+//! Adam (arXiv:1412.6980) on a weight `[d_sae, d_in]` whose gradient is a sum over sparse codes.
+//!
+//! Each row's gradient is summed in cache and used at once: it is never written. Rows are
+//! independent of each other, so that the result doesn't depend on the number of threads.
+//!
+//! A row without codes moves on by its decaying momentum, until no number of it moves any more
+//! (some 200 steps; long before its mean turns into denormal numbers, which are slow). From then
+//! on it sleeps: nothing of it is read or written, and when it has codes again, its moments are
+//! first multiplied by what they missed. That is `torch.optim.Adam` to rounding.
+
+use std::ops::Range;
+
+use crate::grad::{check_sources, Row, Source};
+use crate::rows::by_cost;
+use crate::simd::Simd;
+use crate::{pool, Error, Result};
+
+mod kernel;
+#[cfg(test)]
+mod tests;
+
+/// A weight and its two moments, each `[d_sae, d_in]`.
+#[derive(Debug)]
+pub struct State<'a> {
+    /// The weight.
+    pub w: &'a mut [f32],
+    /// Adam's moving mean of the gradient.
+    pub m: &'a mut [f32],
+    /// And of its square.
+    pub v: &'a mut [f32],
+    /// Of each row the last step that its moments know of where it sleeps, else 0.
+    pub asleep: &'a mut [i64],
+}
+
+/// What happens to a row without codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// Its gradient is 0: the moments decay and the row moves on, as in `torch.optim.Adam`.
+    Decay,
+    /// Nothing, as in `torch.optim.SparseAdam`.
+    Freeze,
+}
+
+/// One step's settings.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The number of this step, from 1.
+    pub number: u64,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Decay of the mean.
+    pub beta1: f64,
+    /// Decay of the mean square.
+    pub beta2: f64,
+    /// Added to the root of the mean square.
+    pub eps: f64,
+    /// What gradients are multiplied by (clipping).
+    pub scale: f64,
+    /// Rows are of norm 1 and stay so: of a gradient only what turns its row counts.
+    pub unit_rows: bool,
+    /// Rows without codes.
+    pub idle: Idle,
+    /// No row may sleep on: for when the learning rate is more than twice what it was since a row
+    /// fell asleep.
+    pub wake: bool,
+}
+
+/// Before this step, the corrections of the moments grow so fast that a row that didn't move may
+/// move again.
+const FIRST_SLEEP: u64 = 20;
+
+/// [`Step`] as the loops use it, in f32.
+#[derive(Clone, Copy, Debug)]
+struct Factors {
+    beta1: f32,
+    rest1: f32,
+    beta2: f32,
+    rest2: f32,
+    step_size: f32,
+    root_correction: f32,
+    eps: f32,
+    scale: f32,
+    /// Whether a row that doesn't move now, won't.
+    may_sleep: bool,
+}
+
+impl Factors {
+    fn of(step: &Step) -> Result<Self> {
+        let in_range = |name: &str, value: f64, most: f64| {
+            if (0.0..=most).contains(&value) {
+                return Ok(());
+            }
+            Err(Error::InvalidArgument(format!(
+                "{name} is {value}; expected 0 to {most}"
+            )))
+        };
+        in_range("learning_rate", step.learning_rate, f64::MAX)?;
+        in_range("beta1", step.beta1, 1.0 - f64::EPSILON)?;
+        in_range("beta2", step.beta2, 1.0 - f64::EPSILON)?;
+        in_range("eps", step.eps, f64::MAX)?;
+        if step.number == 0 {
+            return Err(Error::InvalidArgument(
+                "the number of a step is 0; expected 1 or more".into(),
+            ));
+        }
+        let steps = step.number as f64;
+        Ok(Self {
+            beta1: step.beta1 as f32,
+            rest1: (1.0 - step.beta1) as f32,
+            beta2: step.beta2 as f32,
+            rest2: (1.0 - step.beta2) as f32,
+            step_size: (step.learning_rate / (1.0 - step.beta1.powf(steps))) as f32,
+            root_correction: (1.0 / (1.0 - step.beta2.powf(steps)).sqrt()) as f32,
+            eps: step.eps as f32,
+            scale: step.scale as f32,
+            // The step of an idle row shrinks by beta1 / sqrt(beta2) each time.
+            may_sleep: step.number >= FIRST_SLEEP && step.beta1 < 0.95 * step.beta2.sqrt(),
+        })
+    }
+}
+
+/// Takes one step.
+///
+/// `features`: only these rows, in rising order (the others are left as they are); None: all.
+/// It can't be cancelled: a step is taken whole.
+///
+/// # Errors
+/// Shapes that disagree, features out of order, or settings out of range; nothing has changed.
+pub fn update(
+    state: State<'_>,
+    d_in: usize,
+    sources: &[Source<'_>],
+    features: Option<&[i64]>,
+    step: &Step,
+    simd: Simd,
+    threads: usize,
+) -> Result<()> {
+    let factors = Factors::of(step)?;
+    let State { w, m, v, asleep } = state;
+    let d_sae = asleep.len();
+    for (name, len) in [("w", w.len()), ("m", m.len()), ("v", v.len())] {
+        if Some(len) != d_sae.checked_mul(d_in) {
+            return Err(Error::InvalidArgument(format!(
+                "{name} has {len} elements; expected {d_sae} rows of {d_in}"
+            )));
+        }
+    }
+    let in_past = |last: &i64| u64::try_from(*last).is_ok_and(|last| last < step.number);
+    if let Some(last) = asleep.iter().find(|last| !in_past(last)) {
+        return Err(Error::InvalidArgument(format!(
+            "a row sleeps since step {last}; this is step {}",
+            step.number
+        )));
+    }
+    check_sources(sources, d_sae, d_in)?;
+    let selection = Selection::new(features, d_sae)?;
+
+    let cost = |at| {
+        let feature = selection.feature(at);
+        let codes = sources
+            .iter()
+            .map(|source| source.lists.count(feature) * source.terms.len());
+        let codes: usize = codes.sum();
+        if codes == 0 && asleep[feature] != 0 && !step.wake {
+            return 1;
+        }
+        // Six rows are read or written for the state of each.
+        (6 + codes).saturating_mul(d_in)
+    };
+    let mut parts = Vec::new();
+    let ranges = by_cost(selection.len(), threads, cost);
+    let mut rest = (w, m, v, asleep);
+    let mut taken = 0;
+    for range in ranges {
+        let (first, end) = (
+            selection.feature(range.start),
+            selection.feature(range.end - 1) + 1,
+        );
+        let (skip, take) = (first - taken, end - first);
+        parts.push(Part {
+            simd,
+            step,
+            factors: &factors,
+            first,
+            w: cut(&mut rest.0, skip * d_in, take * d_in),
+            m: cut(&mut rest.1, skip * d_in, take * d_in),
+            v: cut(&mut rest.2, skip * d_in, take * d_in),
+            asleep: cut(&mut rest.3, skip, take),
+            d_in,
+            range,
+        });
+        taken = end;
+    }
+    pool::map(parts, |part| part.update(sources, selection))
+        .into_iter()
+        .collect()
+}
+
+/// A thread's rows.
+struct Part<'a> {
+    simd: Simd,
+    step: &'a Step,
+    factors: &'a Factors,
+    /// Of the selection.
+    range: Range<usize>,
+    /// The feature that the slices begin with.
+    first: usize,
+    w: &'a mut [f32],
+    m: &'a mut [f32],
+    v: &'a mut [f32],
+    asleep: &'a mut [i64],
+    d_in: usize,
+}
+
+impl Part<'_> {
+    fn update(self, sources: &[Source<'_>], selection: Selection<'_>) -> Result<()> {
+        let Self {
+            simd,
+            step,
+            factors,
+            d_in,
+            ..
+        } = self;
+        let mut row = Row::new(sources, d_in, simd);
+        for at in self.range {
+            let feature = selection.feature(at);
+            let here = (feature - self.first) * d_in..(feature - self.first + 1) * d_in;
+            let (w, m, v) = (
+                &mut self.w[here.clone()],
+                &mut self.m[here.clone()],
+                &mut self.v[here],
+            );
+            let asleep = &mut self.asleep[feature - self.first];
+            let gradient = row.of(feature)?;
+            if gradient.is_none() && (step.idle == Idle::Freeze || (*asleep != 0 && !step.wake)) {
+                continue;
+            }
+            if *asleep != 0 {
+                // Below `step.number`, as was checked.
+                let missed = (step.number - 1 - *asleep as u64) as f64;
+                kernel::multiply(simd, m, step.beta1.powf(missed) as f32);
+                kernel::multiply(simd, v, step.beta2.powf(missed) as f32);
+                *asleep = 0;
+            }
+            let squared_norm = if let Some(gradient) = gradient {
+                let along = if step.unit_rows {
+                    simd.dot(gradient, w)
+                } else {
+                    0.0
+                };
+                kernel::touched(simd, w, m, v, gradient, along, factors)
+            } else {
+                let (squared_norm, moved) = kernel::idle(simd, w, m, v, factors);
+                if !moved && factors.may_sleep {
+                    *asleep = step.number as i64;
+                }
+                squared_norm
+            };
+            if step.unit_rows {
+                kernel::multiply(simd, w, 1.0 / squared_norm.sqrt().max(1e-12));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Splits `take` elements off the front of `rest`, after dropping `skip`.
+fn cut<'a, T>(rest: &mut &'a mut [T], skip: usize, take: usize) -> &'a mut [T] {
+    let (taken, after) = std::mem::take(rest)[skip..].split_at_mut(take);
+    *rest = after;
+    taken
+}
+
+/// Which rows are updated.
+#[derive(Clone, Copy)]
+struct Selection<'a> {
+    features: Option<&'a [i64]>,
+    d_sae: usize,
+}
+
+impl<'a> Selection<'a> {
+    fn new(features: Option<&'a [i64]>, d_sae: usize) -> Result<Self> {
+        let in_range = |feature: &i64| usize::try_from(*feature).is_ok_and(|f| f < d_sae);
+        if let Some(features) = features {
+            if let Some(feature) = features.iter().find(|feature| !in_range(feature)) {
+                return Err(Error::InvalidArgument(format!(
+                    "feature {feature}; expected 0 to {d_sae} - 1"
+                )));
+            }
+            if let Some(pair) = features.windows(2).find(|pair| pair[0] >= pair[1]) {
+                return Err(Error::InvalidArgument(format!(
+                    "feature {} follows {}; expected rising order",
+                    pair[1], pair[0]
+                )));
+            }
+        }
+        Ok(Self { features, d_sae })
+    }
+
+    fn len(self) -> usize {
+        self.features.map_or(self.d_sae, <[i64]>::len)
+    }
+
+    #[inline]
+    fn feature(self, at: usize) -> usize {
+        // Were found to be in range.
+        self.features.map_or(at, |features| features[at] as usize)
+    }
+}
