@@ -12,16 +12,35 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 
-from r1sae_fast.harvest import harvest
+from r1sae_fast.harvest import HarvestProgress, harvest
 from r1sae_fast.r1 import LocalEngine
 
 SETTINGS = {"batch_size": 3, "max_new_tokens": 10, "rows_per_shard": 100}
 PROMPTS = [f"What is {i} plus {i + 1}?" for i in range(120)]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Doomed:
+    """Ends the process ``delay`` seconds after so many batches, at the latest after three more."""
+
+    def __init__(self, batches: int, delay: float) -> None:
+        self.batches, self.delay, self.seen = batches, delay, 0
+
+    def __call__(self, _: HarvestProgress) -> None:
+        self.seen += 1
+        if self.seen == self.batches:
+            threading.Timer(self.delay, die).start()
+        if self.seen == self.batches + 3:
+            die()
 
 
 def main(checkpoint: str, folder: Path, kills: int, seed: int) -> None:
@@ -29,18 +48,20 @@ def main(checkpoint: str, folder: Path, kills: int, seed: int) -> None:
     engine = LocalEngine.from_pretrained(checkpoint)
     start = time.monotonic()
     harvest(engine, PROMPTS, 1, folder / "undisturbed", **SETTINGS)  # type: ignore[arg-type]  # ints
-    whole = time.monotonic() - start
+    batch = (time.monotonic() - start) * SETTINGS["batch_size"] / len(PROMPTS)
     rng = random.Random(seed)
     killed, states = 0, set()
     for _ in range(kills):
+        # Counted in batches, so that a slow machine and a fast one see the same kills; from a
+        # batch's end on for as long as two take: within a batch, a write or a sync.
+        batches, delay = rng.randint(1, 3), rng.random() * 2 * batch
         child = os.fork()
         if child == 0:
-            # The child writes as a user's process would, and is never told that it will die.
-            harvest(engine, PROMPTS, 1, folder / "killed", **SETTINGS)  # type: ignore[arg-type]  # ints
+            doomed = Doomed(batches, delay)
+            harvest(  # type: ignore[misc]
+                engine, PROMPTS, 1, folder / "killed", progress=doomed, **SETTINGS
+            )
             os._exit(0)
-        # Together about as long as the work takes, so that few children live to its end.
-        time.sleep(rng.random() * 1.5 * whole / kills)
-        os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         killed += os.WIFSIGNALED(status)
         states.add(tuple(sorted(path.name for path in (folder / "killed").glob("*"))))

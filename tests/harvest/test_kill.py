@@ -28,7 +28,7 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     report = json.loads(run.stdout.splitlines()[-1])
     # The moments are random: most children must have died at work, in different states.
-    assert report["killed"] >= KILLS // 3, report
+    assert report["killed"] >= KILLS // 2, report
     assert report["states"] >= 3, report
     assert report["sequences"] == 120
     found, expected = (

@@ -307,7 +307,7 @@ fn bad_settings_are_refused_and_nothing_changes() {
             w: &mut w,
             m: &mut m,
             v: &mut v,
-            asleep: &mut vec![0; 6],
+            asleep: &mut [0; 6],
         };
         let terms = [Term {
             coefficients: &problem.values,

@@ -33,7 +33,7 @@ proptest! {
         assert_eq!((lists.d_sae(), lists.nnz(), lists.rows()), (7, indices.len(), rows.len()));
         let sums = lists.sums(&values).unwrap();
         let mut seen = Vec::new();
-        for feature in 0..7 {
+        for (feature, sum) in sums.iter().enumerate() {
             let (of_rows, codes) = lists.of(feature);
             assert_eq!(lists.count(feature), codes.len());
             assert!(codes.windows(2).all(|pair| pair[0] < pair[1]));
@@ -45,7 +45,7 @@ proptest! {
                 seen.push(code);
             }
             let exact: f64 = codes.iter().map(|code| f64::from(values[*code as usize])).sum();
-            assert_eq!(sums[feature], exact as f32);
+            assert_eq!(*sum, exact as f32);
         }
         seen.sort_unstable();
         assert_eq!(seen, (0..indices.len()).collect::<Vec<_>>());
