@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from r1sae_fast.cli import (
+    calibrate,
     convert,
     demo,
     encode,
@@ -29,6 +30,7 @@ COMMANDS = [
     plan,
     harvest,
     train,
+    calibrate,
     encode,
     examples,
     features,
