@@ -74,3 +74,32 @@ def test_a_run_killed_at_random_moments(shards: ActivationShards, tmp_path: Path
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
     assert not list((tmp_path / "killed").glob("*.tmp"))
+
+
+STOPPED = r"""
+import os, signal, sys
+from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train import TrainConfig, train
+config = TrainConfig(d_sae=64, k=4, tokens=40_000, batch_size=500, learning_rate=1e-2)
+shards = ActivationShards(sys.argv[1])
+tell = lambda line: os.kill(os.getpid(), signal.SIGTERM) if sys.argv[3:] else None
+train(shards, sys.argv[2], config, log_every=7, progress=False, on_metrics=tell)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
+def test_told_to_stop_it_saves_and_goes_on(shards: ActivationShards, tmp_path: Path) -> None:
+    def run(folder: str, *stop: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", STOPPED, str(shards.folder), str(tmp_path / folder), *stop]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run("undisturbed").returncode == 0
+    first = run("stopped", "stop")
+    assert first.returncode == 128 + signal.SIGTERM, first.stderr
+    # The line of step 7 brings the signal; the step after it is the last, and is kept.
+    assert "saved at step 8 of 80" in first.stderr
+    assert run("stopped").returncode == 0
+    expected = FastSAE.load(tmp_path / "undisturbed").state_dict()
+    found = FastSAE.load(tmp_path / "stopped").state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name

@@ -24,6 +24,7 @@ from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.metrics import Metrics, MetricsFile
 from r1sae_fast.train.standardise import Standardisation
 from r1sae_fast.train.step import Learner, StepFigures
+from r1sae_fast.train.stopping import STATUS, told_to_stop
 
 
 def train(
@@ -44,7 +45,7 @@ def train(
     ``checkpoint.safetensors``. The SAE takes raw activations (what training did to their centre and
     scale is folded into it) and has a threshold, so that it may be used in mode "threshold" too.
     On the CPU an interrupted run that is resumed gives the same weights to the bit, given as many
-    threads.
+    threads. At SIGTERM it saves after the step that it is in, and exits with status 143.
 
     Args:
         shards: what to train on.
@@ -178,7 +179,10 @@ class Run:
         averages = _Averages()
         saved = time.monotonic()
         batches = iter(self.loader)
-        with _bar(config.steps, counters.step, progress) as shown:
+        with (
+            _bar(config.steps, counters.step, progress) as shown,
+            told_to_stop() as stopping,
+        ):
             while counters.step < config.steps:
                 x, left_out = self.standardisation.apply(next(batches), self.device)
                 rate = config.rate(counters.step)
@@ -188,7 +192,8 @@ class Run:
                 counters.left_out += left_out
                 if figures is not None:
                     averages.add(figures, x.shape[0])
-                last = counters.step == config.steps
+                stop = stopping()
+                last = counters.step == config.steps or stop
                 # A checkpoint goes with a line, so that a resumed run's means are over the same
                 # steps.
                 if counters.step % log_every and not last:
@@ -209,6 +214,13 @@ class Run:
                 if last or time.monotonic() - saved > checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
+                if stop and counters.step < config.steps:
+                    print(  # noqa: T201  # what a batch job's log is read for
+                        f"{self.folder}: told to stop; saved at step {counters.step} of "
+                        f"{config.steps}, go on with the same command",
+                        file=sys.stderr,
+                    )
+                    raise SystemExit(STATUS)
 
     def _metrics(self, averages: _Averages, rate: float) -> Metrics:
         means = averages.means()
