@@ -1,16 +1,23 @@
 """``r1sae train``: an SAE from activation shards."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def train(
+    context: typer.Context,
     shards: Annotated[
-        Path, typer.Argument(help="Folder of activation shards, as r1sae harvest writes it.")
+        Path,
+        typer.Argument(
+            help="Folder of activation shards, as r1sae harvest writes it; or a .toml file with "
+            "the settings of the run, shards and out among them."
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the SAE, its metrics and checkpoint.")],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder for the SAE, its metrics and checkpoint.")
+    ] = None,
     d_sae: Annotated[int, typer.Option(help="Number of features.")] = 4096,
     k: Annotated[int, typer.Option("--k", "-k", help="Codes a row, on average.")] = 16,
     tokens: Annotated[
@@ -42,21 +49,39 @@ def train(
     A stopped run goes on when the same command is run again, and ends in the same SAE.
     """
     from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import TrainConfig, evaluate
+    from r1sae_fast.train import TrainConfig, evaluate, read_train_file
     from r1sae_fast.train import train as run
 
-    config = TrainConfig(
-        d_sae=d_sae,
-        k=k,
-        mode=mode,
-        tied=tied,
-        tokens=tokens,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        aux_k=aux_k,
-        dead_after_tokens=dead_after_tokens,
-        seed=seed,
-    )
+    settings: dict[str, Any] = {
+        "d_sae": d_sae,
+        "k": k,
+        "mode": mode,
+        "tied": tied,
+        "tokens": tokens,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "aux_k": aux_k,
+        "dead_after_tokens": dead_after_tokens,
+        "seed": seed,
+    }
+    if shards.suffix == ".toml":
+        run_settings: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
+        run_settings |= {"evaluate_rows": evaluate_rows}
+        overrides = {
+            name: value for name, value in (settings | run_settings).items() if given(context, name)
+        }
+        if out is not None:
+            overrides["out"] = str(out)
+        file = read_train_file(shards, overrides)
+        config, shards, out = file.config, file.shards, file.out
+        device = device if file.device is None else file.device
+        if file.checkpoint_seconds is not None:
+            checkpoint_seconds = file.checkpoint_seconds
+        evaluate_rows = evaluate_rows if file.evaluate_rows is None else file.evaluate_rows
+    elif out is None:
+        raise ValueError("give the folder for the SAE after that of the shards (or a .toml file)")
+    else:
+        config = TrainConfig(**settings)
     activations = ActivationShards(shards)
     sae = run(activations, out, config, device=device, checkpoint_seconds=checkpoint_seconds)
     typer.echo(
@@ -70,6 +95,12 @@ def train(
             f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "
             f"{found.explained_variance:.4f}), L0 {found.l0:.2f}, dead {found.dead_fraction:.1%}"
         )
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether the option was written on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def register(app: typer.Typer) -> None:

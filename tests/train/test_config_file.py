@@ -1,0 +1,87 @@
+"""read_train_file() and ``r1sae train run.toml``: keys, types, what the command line overrides."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from r1sae_fast import FastSAE
+from r1sae_fast.cli.main import app
+from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train import TrainConfig, read_train_file
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_every_setting(tmp_path: Path) -> None:
+    config = TrainConfig(
+        d_sae=64, k=4, mode="topk", tied=True, tokens=100, batch_size=7, learning_rate=0.5,
+        beta1=0.5, beta2=0.75, adam="sparse", warmup=0.25, decay=0.125, gradient_clip=2.0,
+        aux_coefficient=0.5, aux_k=9, dead_after_tokens=11, threshold_decay=0.5,
+        outlier_factor=3.0, seed=12,
+    )  # fmt: skip
+    lines = [
+        f"{name} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for name, value in config.to_dict().items()
+    ]
+    path = write(tmp_path / "run.toml", "\n".join(["shards = 'a'", "out = '/b'", *lines]))
+    file = read_train_file(path)
+    assert file.config == config
+    assert file.shards == tmp_path / "a"
+    assert file.out == Path("/b")
+    assert (file.device, file.checkpoint_seconds, file.evaluate_rows) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("d_sea = 4", "unknown key 'd_sea'; did you mean 'd_sae'?"),
+        ("zzzz = 4", "unknown key 'zzzz'; expected some of shards, out, .* d_sae, "),
+        ("d_sae = 4", "lacks shards, out, k"),
+        ("shards = 'a'\nout = 'b'\nd_sae = 4\nk = 5", "k is 5, more than d_sae = 4"),
+        ("shards = 'a'\nout = 3\nd_sae = 4\nk = 2", "out is 3; expected a folder's name"),
+        (
+            "shards = 'a'\nout = 'b'\nd_sae = 4\nk = 2\nevaluate_rows = true",
+            "evaluate_rows is True; expected an int",
+        ),
+        ("[sae]\nd_sae = 4", "unknown key 'sae'"),
+        ("d_sae == 4", "not a TOML file: .*line 1"),
+    ],
+)
+def test_a_bad_file_is_named_with_what_is_wrong(text: str, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "run.toml", text)
+    with pytest.raises((TypeError, ValueError), match=f"run.toml: {words}"):
+        read_train_file(path)
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"d_sae = \xff")
+    with pytest.raises(ValueError, match="not a TOML file"):
+        read_train_file(tmp_path / "run.toml")
+    with pytest.raises(FileNotFoundError):
+        read_train_file(tmp_path / "none.toml")
+
+
+def test_the_command(shards: ActivationShards, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "run.toml",
+        f"shards = '{shards.folder}'\nout = 'sae'\nd_sae = 64\nk = 4\ntokens = 2000\n"
+        "batch_size = 500\nwarmup = 0.5\nevaluate_rows = 100\n",
+    )
+    run = CliRunner().invoke(app, ["train", str(path)])
+    assert run.exit_code == 0, run.output
+    assert "on 100 of its rows" in run.output
+    sae = FastSAE.load(tmp_path / "sae")
+    assert (sae.d_sae, sae.k) == (64, 4)
+    assert sae.metadata["training"]["warmup"] == 0.5
+    out = tmp_path / "other"
+    run = CliRunner().invoke(app, ["train", str(path), str(out), "-k", "3", "--evaluate-rows", "0"])
+    assert run.exit_code == 0, run.output
+    assert "rows: FVU" not in run.output
+    assert FastSAE.load(out).k == 3
+    run = CliRunner().invoke(app, ["train", str(shards.folder)])
+    assert run.exit_code == 1
+    assert "give the folder for the SAE" in run.output
