@@ -12,6 +12,7 @@ import typer
 from r1sae_fast.cli import (
     calibrate,
     convert,
+    curves,
     demo,
     encode,
     examples,
@@ -30,6 +31,7 @@ COMMANDS = [
     plan,
     harvest,
     train,
+    curves,
     calibrate,
     encode,
     examples,

@@ -2,6 +2,7 @@
 
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.config_file import TrainFile, read_train_file
+from r1sae_fast.train.curves import draw_curves
 from r1sae_fast.train.evaluate import Evaluation, evaluate
 from r1sae_fast.train.geometric_median import geometric_median
 from r1sae_fast.train.metrics import Metrics
@@ -12,6 +13,7 @@ __all__ = [
     "Metrics",
     "TrainConfig",
     "TrainFile",
+    "draw_curves",
     "evaluate",
     "geometric_median",
     "read_train_file",
