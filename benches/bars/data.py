@@ -35,17 +35,17 @@ def make_x(rows: int, d_in: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 
 @torch.no_grad()
 def inexact_rows(sae: FastSAE, x: Tensor, codes: SparseCodes) -> tuple[int, int]:
-    """Rows whose codes are not the top k of ``x @ W_enc`` summed in float64 and rounded to float32,
-    plus ``b_enc``, ties to the lower feature: those of other features, and those of other features
-    or values.
+    """Rows whose codes are not the top k of ``x @ W_enc + b_enc`` summed in float64 and rounded to
+    float32 once, ties to the lower feature: those of other features, and those of other features or
+    values.
 
     Takes a product in float64: seconds at R1's shape.
     """
     dense = torch.empty(len(x), sae.d_sae)
     for start in range(0, sae.d_sae, 4096):  # of W_enc one slice at a time in float64
         part = slice(start, start + 4096)
-        dense[:, part] = (x.double() @ sae.W_enc[:, part].double()).float()
-    dense.add_(sae.b_enc).relu_()
+        dense[:, part] = (x.double() @ sae.W_enc[:, part].double() + sae.b_enc[part].double()).float()
+    dense.relu_()
     # One integer key: value, then the lower feature first.
     order = torch.arange(sae.d_sae - 1, -1, -1)
     key = (dense.view(torch.int32).long() << 32) | order

@@ -7,7 +7,9 @@
 //! *Close*: 16 lanes of f32, each of which adds up at most [`BLOCK`] / 16 products, then f64. Twins may
 //! differ within [`CLOSE`].
 
-use crate::simd::{Element, Level, Simd};
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::simd::Level;
+use crate::simd::{Element, Simd};
 
 /// Dimensions of a block.
 pub(super) const BLOCK: usize = 256;

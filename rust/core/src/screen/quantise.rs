@@ -1,7 +1,9 @@
 //! Rounding to 8 bits: loops plain enough for the compiler to vectorise, compiled once for each
 //! instruction set.
 
-use crate::simd::{Element, Level, Simd};
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::simd::Level;
+use crate::simd::{Element, Simd};
 
 /// Of a row or a feature.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -3,7 +3,9 @@
 use super::candidates::List;
 use super::certificate::{FeatureBounds, RowBound};
 use super::layout::PANEL;
-use crate::simd::{Level, Simd};
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::simd::Level;
+use crate::simd::Simd;
 
 /// The bounds of one panel's features, each of [`PANEL`] entries.
 pub(super) struct PanelBounds<'a> {

@@ -42,6 +42,51 @@ fn codes_of<E: Element>(rows: usize, mut kept: Vec<(usize, usize, f32)>) -> Code
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    /// Rows enough for the edge to be guessed from the rows before: guesses that hold, that fail
+    /// either way, and rows with hardly a positive value.
+    #[test]
+    fn topk_of_rows_that_are_alike_or_not(
+        scales in prop::collection::vec(prop::sample::select(
+            vec![1.0_f32, 1.0, 1.0, 1.0, 1.02, 0.97, 1.3, 0.2, 40.0, -1.0, 0.0, 1e-40, 1e30]), 1..60),
+        k in 1_usize..9,
+        coarse in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let (rows, width) = (scales.len(), 400);
+        let mut state = seed | 1;
+        let values: Vec<f32> = (0..rows * width).map(|at| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let value = (state >> 40) as f32 / (1 << 24) as f32 - 0.3;
+            let value = if coarse { (value * 20.0).round() / 20.0 } else { value * value * value };
+            scales[at / width] * value
+        }).collect();
+        check_all::<f32>(rows, width, &values, k, 0.3);
+        check_all::<bf16>(rows, width, &values, k, 0.3);
+    }
+
+    /// A row that isn't finite is named, guessed about or not.
+    #[test]
+    fn topk_names_bad_rows_among_guesses(
+        bad in 0_usize..30, place in 0_usize..400,
+        value in prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]),
+    ) {
+        let mut values: Vec<f32> = (0..30 * 400).map(|at| ((at * 7919) % 1013) as f32 - 400.0).collect();
+        values[bad * 400 + place] = value;
+        let matrix = Matrix::new(&values, 30, 400).unwrap();
+        for options in all_options() {
+            let found = topk(matrix, 5, options, &Cancel::new());
+            let is_named = matches!(found, Err(Error::NonFinite { row, .. }) if row == bad);
+            prop_assert!(is_named);
+            let unchecked = Options { check_finite: false, ..options };
+            let found = topk(matrix, 5, unchecked, &Cancel::new()).unwrap();
+            prop_assert!(found.values.iter().all(|value| !value.is_nan()));
+            prop_assert_eq!(found.values.len(), 150);
+        }
+    }
+}
+
 fn check_all<E: Element + PartialEq + std::fmt::Debug>(
     rows: usize,
     width: usize,

@@ -5,7 +5,9 @@
 
 use std::marker::PhantomData;
 
-use super::layout::{PANEL, STEP, TILE, TILE_ROWS};
+#[cfg(any(test, target_arch = "x86_64"))]
+use super::layout::STEP;
+use super::layout::{PANEL, TILE, TILE_ROWS};
 use crate::simd::{Level, Simd};
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]

@@ -4,10 +4,11 @@ use std::arch::x86_64::{
     __m256, __m256i, _mm256_add_ps, _mm256_and_si256, _mm256_castps_si256, _mm256_cmp_ps,
     _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_movemask_ps,
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_storeu_ps,
-    _mm256_storeu_si256, _CMP_GE_OQ, _CMP_GT_OQ,
+    _mm256_storeu_si256, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_UNORD_Q,
 };
 
 use super::super::{key_of, scalar, Element};
+use super::fetch_ahead;
 
 const LANES: usize = 8;
 /// Vectors whose masks are joined before they are looked at: nearly all are empty.
@@ -82,10 +83,30 @@ pub(in super::super) fn collect_finite_above<E: Element>(
     bound: f32,
     keys: &mut Vec<u64>,
 ) -> bool {
-    // The second scan finds the row in the cache.
-    let finite = all_finite(row);
-    collect_above(row, bound, keys);
-    finite
+    let bounds = _mm256_set1_ps(bound);
+    let zero = _mm256_setzero_ps();
+    // What is finite times 0 is 0; what isn't, NaN, which no sum loses.
+    let mut zeros = [zero; 4];
+    let whole = row.len() - row.len() % BLOCK;
+    for start in (0..whole).step_by(BLOCK) {
+        let mut mask = 0_u32;
+        fetch_ahead(row, start, BLOCK);
+        for (vector, zeros) in zeros.iter_mut().enumerate() {
+            let offset = vector * LANES;
+            // SAFETY: start + 32 <= whole <= row.len(), and offset + 8 <= 32.
+            let values = unsafe { E::load_8(row.as_ptr().add(start + offset)) };
+            mask |= above(values, bounds) << offset;
+            *zeros = _mm256_fmadd_ps(values, zero, *zeros);
+        }
+        push_marked(row, start, mask, keys);
+    }
+    push_tail(row, whole, keys, |_| bound);
+    let sum = _mm256_add_ps(
+        _mm256_add_ps(zeros[0], zeros[1]),
+        _mm256_add_ps(zeros[2], zeros[3]),
+    );
+    let unordered = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(sum, sum));
+    (unordered == 0) & scalar::all_finite(&row[whole..])
 }
 
 #[target_feature(enable = "avx2,fma")]

@@ -8,6 +8,7 @@ use std::arch::x86_64::{
 };
 
 use super::super::{key_of, scalar, Element};
+use super::fetch_ahead;
 
 const LANES: usize = 16;
 /// Vectors whose masks are joined before they are looked at: nearly all are empty.
@@ -137,6 +138,7 @@ pub(in super::super) fn collect_finite_above<E: Element>(
     let whole = row.len() - row.len() % BLOCK;
     for start in (0..whole).step_by(BLOCK) {
         let mut mask = 0_u64;
+        fetch_ahead(row, start, BLOCK);
         for (vector, zeros) in zeros.iter_mut().enumerate() {
             let offset = vector * LANES;
             // SAFETY: start + 64 <= whole <= row.len(), and offset + 16 <= 64.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::{
     __m256, __m512, _mm256_castsi256_ps, _mm256_cvtepu16_epi32, _mm256_loadu_ps,
     _mm256_loadu_si256, _mm256_slli_epi32, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
-    _mm512_loadu_ps, _mm512_slli_epi32, _mm_loadu_si128,
+    _mm512_loadu_ps, _mm512_slli_epi32, _mm_loadu_si128, _mm_prefetch, _MM_HINT_T0,
 };
 
 use half::bf16;
@@ -39,6 +39,20 @@ impl Load for f32 {
     unsafe fn load_16(at: *const Self) -> __m512 {
         // SAFETY: the caller says that 16 elements are readable; no alignment is needed.
         unsafe { _mm512_loadu_ps(at) }
+    }
+}
+
+/// Bytes between what is read and what is fetched: the CPU's own foresight ends with each page.
+const AHEAD: usize = 4096;
+
+/// Has the CPU fetch `items` items, some way after `row[start]` (in a matrix, of the next row). A hint.
+#[inline(always)]
+fn fetch_ahead<E>(row: &[E], start: usize, items: usize) {
+    let from = row.as_ptr().wrapping_add(start).cast::<i8>();
+    for offset in (0..items * size_of::<E>()).step_by(64) {
+        // SAFETY: a prefetch reads nothing that the program sees, and never faults; SSE is part of
+        // x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(AHEAD + offset)) };
     }
 }
 
