@@ -44,7 +44,8 @@ def inexact_rows(sae: FastSAE, x: Tensor, codes: SparseCodes) -> tuple[int, int]
     dense = torch.empty(len(x), sae.d_sae)
     for start in range(0, sae.d_sae, 4096):  # of W_enc one slice at a time in float64
         part = slice(start, start + 4096)
-        dense[:, part] = (x.double() @ sae.W_enc[:, part].double() + sae.b_enc[part].double()).float()
+        W_enc, b_enc = sae.W_enc[:, part].double(), sae.b_enc[part].double()
+        dense[:, part] = (x.double() @ W_enc + b_enc).float()
     dense.relu_()
     # One integer key: value, then the lower feature first.
     order = torch.arange(sae.d_sae - 1, -1, -1)
