@@ -224,6 +224,17 @@ def r1_route(
     weights: NDArray[np.float32],
     threads: int,
 ) -> None: ...
+def r1_attend(
+    rows: NDArray[Any],
+    absorbed: NDArray[Any],
+    query: NDArray[Any],
+    slots: NDArray[np.int64],
+    cache: NDArray[Any],
+    output: NDArray[Any],
+    rank: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 
 # -- examples (rust/python/src/examples.rs) --
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from r1sae_fast.r1 import glue
+from r1sae_fast.r1.attention import LatentAttention
+from r1sae_fast.r1.cache import NewSlots
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.moe import Router
 from r1sae_fast.r1.norm import RMSNorm
@@ -99,6 +101,39 @@ def test_routing(seed: int, tokens: int, shape: tuple[int, ...], normalise: bool
     assert torch.equal(ids.sort(-1).values, other_ids.sort(-1).values)
     place, other_place = ids.argsort(-1), other_ids.argsort(-1)
     close(weights.gather(-1, place), other_weights.gather(-1, other_place))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("heads", [1, 4, 5])
+def test_attention_on_the_cache(
+    dtype: torch.dtype, new: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = R1Config(
+        hidden_size=64,
+        num_attention_heads=heads,
+        q_lora_rank=32,
+        kv_lora_rank=63,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+    )
+    attention = LatentAttention(config, dtype=dtype).requires_grad_(False)
+    for parameter in attention.parameters():
+        parameter.copy_(noise(*parameter.shape, seed=9) * parameter.shape[-1] ** -0.5)
+    x = noise(3, new, 64, seed=10, dtype=dtype)
+    positions = torch.tensor([[0], [17], [90]]) + torch.arange(new)
+    rotary = rotary_table(config, positions)
+    slots = NewSlots(positions, 96)
+    before = noise(3, 100, 71, seed=11, dtype=dtype)
+    cache, other = before.clone(), before.clone()
+    found = attention.step(x, rotary, cache, slots)
+    monkeypatch.setattr(glue, "attend", lambda *_: None)
+    expected = attention.step(x, rotary, other, slots)
+    assert torch.equal(cache, other)
+    assert not torch.equal(cache, before)
+    error = float((found - expected).norm() / expected.norm())
+    assert error < (1e-6 if dtype == torch.float32 else 2**-7)
 
 
 def test_what_rust_does_not_take() -> None:

@@ -11,6 +11,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3RotaryEmbedding,
 )
 
+from r1sae_fast.r1.cache import NewSlots
 from r1sae_fast.r1.config import R1Config, YarnScaling
 from r1sae_fast.r1.model import Block, R1Model
 from r1sae_fast.r1.rope import rotary_table
@@ -43,9 +44,8 @@ def test_r1_yarn_beyond_4096_tokens(make_model: Callable[..., R1Model], parity: 
     start = LENGTH - 3
     errors = []
     for place in range(start, LENGTH):
-        bias = torch.zeros(1, 1, 1, place + 1)
-        slots = (torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), place))
-        step = block.step(x[:, place : place + 1], rotary[:, place : place + 1], cache, slots, bias)
+        slots = NewSlots(torch.full((1, 1), place), place + 1)
+        step = block.step(x[:, place : place + 1], rotary[:, place : place + 1], cache, slots)
         errors.append(relative(step, expected[:, place : place + 1]))
     parity("cached steps", max(errors))
     # The parity above would be hollow if yarn changed nothing there.

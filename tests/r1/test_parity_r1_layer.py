@@ -20,6 +20,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from r1sae_fast.r1.blocks import empty_block, fill_block
+from r1sae_fast.r1.cache import NewSlots
 from r1sae_fast.r1.checkpoint import QUANTIZATION
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.fp8 import scale_shape
@@ -99,9 +100,8 @@ def test_a_layer_of_r1(kind: str, tmp_path: Path, parity: Parity) -> None:
     errors = []
     for place in range(first, TOKENS):
         here = slice(place, place + 1)
-        slots = (torch.arange(2)[:, None], torch.full((2, 1), place))
-        bias = torch.zeros(2, 1, 1, place + 1)
-        step = block.step(x[:, here], rotary[:, here], stepped, slots, bias)
+        slots = NewSlots(torch.full((2, 1), place), place + 1)
+        step = block.step(x[:, here], rotary[:, here], stepped, slots)
         errors.append(relative(step, expected[:, here]))
     parity("cached steps", max(errors))
     torch.testing.assert_close(stepped, cache, rtol=1e-4, atol=1e-4)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from r1sae_fast.r1 import glue
+from r1sae_fast.r1.cache import NewSlots
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Linear
 from r1sae_fast.r1.norm import RMSNorm
@@ -49,6 +50,7 @@ class LatentAttention(nn.Module):
         )
         self.o_proj = Linear(heads * config.v_head_dim, width, **where)
         self.scale = attention_scale(config)
+        self._turned: tuple[tuple[Any, ...], Tensor] | None = None
 
     def _queries(self, x: Tensor, rotary: Tensor) -> Tensor:
         """[batch, seq, heads, qk_head_dim]: the part without position, then the rotary one."""
@@ -62,14 +64,16 @@ class LatentAttention(nn.Module):
             rotate_(q_rope, rotary[:, :, None])
         return query  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
-    def _latents(self, x: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor]:
-        """What the tokens are attended by: normalised latent [batch, seq, kv_lora_rank] and
-        turned rotary key [batch, seq, rope_dim]."""
+    def _latents(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """What the tokens are attended by, [batch, seq, kv_lora_rank + rope_dim]: the normalised
+        latent, then the turned rotary key."""
         config, norm = self.config, self.kv_a_layernorm
         rows = self.kv_a_proj_with_mqa(x)
         in_place = glue.latents_(rows, norm.weight, norm.eps, rotary)
+        if in_place:
+            return rows  # type: ignore[no-any-return]  # nn.Module calls are untyped
         latent, k_rope = rows.split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
-        return (latent, k_rope) if in_place else (norm(latent), rotate(k_rope, rotary))
+        return torch.cat((norm(latent), rotate(k_rope, rotary)), -1)
 
     def forward(
         self,
@@ -93,10 +97,10 @@ class LatentAttention(nn.Module):
         heads = config.num_attention_heads
         x = self.q_a_proj.prepare(x)
         query = self._queries(x, rotary).transpose(1, 2)
-        latent, k_rope = self._latents(x, rotary)
+        rows = self._latents(x, rotary)
         if cache is not None:
-            cache[:, :seq, : config.kv_lora_rank] = latent
-            cache[:, :seq, config.kv_lora_rank :] = k_rope
+            cache[:, :seq] = rows
+        latent, k_rope = rows[..., : config.kv_lora_rank], rows[..., config.kv_lora_rank :]
         expanded = self.kv_b_proj(latent)
         expanded = expanded.view(batch, seq, heads, config.qk_nope_head_dim + config.v_head_dim)
         k_nope = expanded[..., : config.qk_nope_head_dim]
@@ -119,38 +123,56 @@ class LatentAttention(nn.Module):
         )[..., -config.v_head_dim :]
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
-    def step(
-        self,
-        x: Tensor,
-        rotary: Tensor,
-        cache: Tensor,
-        slots: tuple[Tensor, Tensor],
-        bias: Tensor,
-    ) -> Tensor:
+    def step(self, x: Tensor, rotary: Tensor, cache: Tensor, slots: NewSlots) -> Tensor:
         """Attends from new tokens to the cache and to each other, without expanding the cache.
 
         Args:
             x: [batch, new, hidden], normalised.
             rotary: of their positions, [batch, new, rope_dim / 2, 2].
             cache: one layer's rows, [batch, capacity, latent width]; the new tokens' are added.
-            slots: where they go: sequence and slot, each int64 [batch, new].
-            bias: [batch, new, 1, length], -inf hiding a slot; ``length`` slots are looked at.
+            slots: where they go.
         """
         config = self.config
         batch, new, _ = x.shape
-        heads, rank = config.num_attention_heads, config.kv_lora_rank
         x = self.q_a_proj.prepare(x)
         query = self._queries(x, rotary)
-        parts = [config.qk_nope_head_dim, config.qk_rope_head_dim]
-        q_nope, q_rope = torch.split(query, parts, -1)
-        latent, k_rope = self._latents(x, rotary)
-        cache[slots] = torch.cat((latent, k_rope), -1)
-        seen = cache[:, : bias.shape[-1]]
+        rows = self._latents(x, rotary)
 
-        up = self.kv_b_proj.weight.view(heads, -1, rank)
-        key_up, value_up = up[:, : config.qk_nope_head_dim], up[:, config.qk_nope_head_dim :]
+        key_up, value_up = self._expansion()
         # q . (W_k c) = (W_k^T q) . c, a product a head; likewise W_v after the mixing.
+        q_nope = query[..., : config.qk_nope_head_dim]
         absorbed = torch.bmm(q_nope.flatten(0, 1).transpose(0, 1), key_up)
+        mixed = glue.attend(rows, absorbed, query, cache, slots.positions, self.scale)
+        if mixed is None:
+            q_rope = query[..., config.qk_nope_head_dim :]
+            mixed = self._attend(rows, absorbed, q_rope, cache, slots)
+        mixed = torch.bmm(mixed, value_up)
+        return self.o_proj(mixed.transpose(0, 1).reshape(batch, new, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+
+    def _expansion(self) -> tuple[Tensor, Tensor]:
+        """What keys and values are made with of latents: [heads, nope, rank], [heads, rank, value].
+
+        The second is kept, for torch would copy it in every step to turn it.
+        """
+        config, weight = self.config, self.kv_b_proj.weight
+        up = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)
+        key_up, value_up = up[:, : config.qk_nope_head_dim], up[:, config.qk_nope_head_dim :]
+        turned = value_up.transpose(1, 2)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+            return key_up, turned
+        state = weight.data_ptr(), weight._version, weight.dtype, weight.device
+        if self._turned is None or self._turned[0] != state:
+            self._turned = state, turned.contiguous()
+        return key_up, self._turned[1]
+
+    def _attend(
+        self, rows: Tensor, absorbed: Tensor, q_rope: Tensor, cache: Tensor, slots: NewSlots
+    ) -> Tensor:
+        """:func:`glue.attend` in torch, for any device, dtype and number of heads."""
+        batch, new, _ = rows.shape
+        heads, _, rank = absorbed.shape
+        slots.write(cache, rows)
+        bias, seen = slots.bias(rows.dtype), cache[:, : slots.window]
         absorbed = absorbed.transpose(0, 1).reshape(batch, new, heads, rank)
         query = torch.cat((absorbed, q_rope), -1).view(batch, new * heads, -1)
         # To the cache, all heads of all new tokens are queries on one and the same key.
@@ -159,6 +181,4 @@ class LatentAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query[:, None], seen[:, None], seen[:, None], attn_mask=bias, scale=self.scale
         )[..., :rank]
-        mixed = mixed.reshape(batch * new, heads, rank).transpose(0, 1)
-        mixed = torch.bmm(mixed, value_up.transpose(1, 2))
-        return self.o_proj(mixed.transpose(0, 1).reshape(batch, new, -1))  # type: ignore[no-any-return]  # nn.Module calls are untyped
+        return mixed.reshape(batch * new, heads, rank).transpose(0, 1)

@@ -18,6 +18,34 @@ _GROWTH = 128
 _WINDOW = 64
 
 
+class NewSlots:
+    """Where new tokens go in a cache, and what they may see.
+
+    Attributes:
+        positions: int64 [batch, new], slots of the tokens; each sees those up to its own.
+        window: slots that are looked at.
+    """
+
+    def __init__(self, positions: Tensor, window: int) -> None:
+        self.positions, self.window = positions, window
+        self._bias: Tensor | None = None
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """[batch, new, 1, window] for scores: 0, or -inf where a slot is hidden. Made once."""
+        if self._bias is None or self._bias.dtype != dtype:
+            positions = self.positions
+            hidden = torch.arange(self.window, device=positions.device) > positions[..., None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=positions.device)
+            self._bias = bias.masked_fill_(hidden, -torch.inf)[:, :, None]
+        return self._bias
+
+    def write(self, cache: Tensor, rows: Tensor) -> None:
+        """Puts ``rows`` [batch, new, width] into one layer's cache [batch, capacity, width]."""
+        batch, new = self.positions.shape
+        sequences = torch.arange(batch, device=cache.device)[:, None].expand(-1, new)
+        cache[sequences, self.positions] = rows
+
+
 class LatentCache:
     """Rows of a batch of sequences of unequal lengths; each starts at slot 0.
 
@@ -66,14 +94,13 @@ class LatentCache:
             if self.rotary.shape[0] < self.capacity:
                 self.rotary = self._rotary()
 
-    def grow(self, new: int) -> Tensor:
-        """Counts ``new`` more tokens of each sequence, for which there is room then: their slots,
-        int64 [batch, new]."""
+    def grow(self, new: int) -> NewSlots:
+        """Counts ``new`` more tokens of each sequence, for which there is room then."""
         self.longest += new
         self.reserve(self.longest)
         slots = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
         self.lengths = self.lengths + new
-        return slots
+        return NewSlots(slots, self.window)
 
     def keep(self, sequences: Tensor) -> None:
         """Drops all sequences but these (int64 positions in the batch)."""

@@ -44,7 +44,8 @@ def array(tensor: Tensor) -> NDArray[Any]:
         tensor = tensor.view(torch.uint16)
     elif tensor.dtype == FP8_DTYPE:
         tensor = tensor.view(torch.uint8)
-    found: NDArray[Any] = tensor.detach().numpy()
+    # Norms come here in every step, and detaching costs as much as the rest.
+    found: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from r1sae_fast.r1.cache import LatentCache
 from r1sae_fast.r1.model import ModelTaps, R1Model
 from r1sae_fast.r1.sampling import Sampler, Sampling
+from r1sae_fast.r1.shapes import padded
 
 FinishReason = Literal["stop", "length", "interrupted"]
 
@@ -62,7 +63,12 @@ class GenerationTaps(ModelTaps, Protocol):
     """Taps that are told which tokens each forward is about to read."""
 
     def begin(
-        self, rows: Sequence[int], first: Sequence[int], tokens: Sequence[Sequence[int]]
+        self,
+        rows: Sequence[int],
+        first: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        width: int | None = None,
     ) -> None:
         """Announces a forward.
 
@@ -71,13 +77,16 @@ class GenerationTaps(ModelTaps, Protocol):
             first: position of each one's first new token.
             tokens: each one's new tokens; padding follows where others have more. A sequence that
                 is finished and only rides along has none.
+            width: columns of the tensors, if not the largest number of tokens.
         """
 
 
-def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Ids int64 [sequences, longest], filled up with id 0."""
-    longest = max(map(len, sequences))
-    rows = [list(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
+def pad_right(
+    sequences: Sequence[Sequence[int]], device: torch.device, width: int | None = None
+) -> torch.Tensor:
+    """Ids int64 [sequences, width], filled up with id 0; ``width``: default the longest's."""
+    width = max(map(len, sequences)) if width is None else width
+    rows = [list(sequence) + [0] * (width - len(sequence)) for sequence in sequences]
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
@@ -114,7 +123,9 @@ def generate_steps(
         return
 
     device = model.embed_tokens.weight.device
-    tokens = pad_right([prompts[row] for row in batch], device)
+    longest = max(len(prompts[row]) for row in batch)
+    width = padded(longest, model.dtype, device, context)
+    tokens = pad_right([prompts[row] for row in batch], device, width)
     lengths = torch.tensor([len(prompts[row]) for row in batch], device=device)
     sampler = Sampler(sampling, [numbers[row] for row in batch])
     cache = LatentCache(
@@ -125,7 +136,7 @@ def generate_steps(
         dtype=model.dtype,
     )
     if taps is not None:
-        taps.begin(batch, [0] * len(batch), [prompts[row] for row in batch])
+        taps.begin(batch, [0] * len(batch), [prompts[row] for row in batch], width=width)
     residual = model.residual(tokens, cache=cache, taps=taps)
     last = residual[torch.arange(len(batch), device=device), lengths - 1]
     while True:

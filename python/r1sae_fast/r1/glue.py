@@ -1,4 +1,5 @@
-"""What stands between the products of a forward, in Rust: norms, rotary positions, routing.
+"""What stands between the products of a forward, in Rust: norms, rotary positions, routing, and
+attention on the cache.
 
 For inference on CPUs. In a small model, and in every step of a generation, these operations in
 torch (half a dozen each, all of which read and write memory) take longer than the products do. The
@@ -67,6 +68,43 @@ def latents_(rows: Tensor, weight: Tensor, eps: float, rotary: Tensor) -> bool:
     flat = array(rows.view(-1, rows.shape[-1]))
     _core.r1_latents(flat, array(weight), eps, array(table), torch.get_num_threads())
     return True
+
+
+# With more heads torch's attention, which multiplies matrices, is the faster one.
+_FEW_HEADS = 16
+
+
+def attend(
+    rows: Tensor, absorbed: Tensor, query: Tensor, cache: Tensor, slots: Tensor, scale: float
+) -> Tensor | None:
+    """Writes new rows to the cache, and attends to it: the mixed latents [heads, tokens, rank].
+    None, and nothing done, where torch does better or Rust cannot.
+
+    Args:
+        rows: [batch, new, width], of the cache.
+        absorbed: [heads, batch * new, rank].
+        query: [batch, new, heads, qk_head_dim]; the rotary part is its end.
+        cache: [batch, capacity, width].
+        slots: int64 [batch, new]; a token sees those up to its own.
+    """
+    heads, _, rank = absorbed.shape
+    if heads * rows.shape[1] > _FEW_HEADS or not slots.is_contiguous():
+        return None
+    if not serves(cache, rows, absorbed, query):
+        return None
+    output = torch.empty_like(absorbed)
+    _core.r1_attend(
+        array(rows.view(-1, rows.shape[-1])),
+        array(absorbed.view(heads, -1)),
+        array(query.view(slots.numel(), -1)),
+        array(slots.view(-1)),
+        array(cache.view(cache.shape[0], -1)),
+        array(output.view(heads, -1)),
+        rank,
+        scale,
+        torch.get_num_threads(),
+    )
+    return output
 
 
 def route(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from r1sae_fast.r1.attention import LatentAttention
-from r1sae_fast.r1.cache import LatentCache
+from r1sae_fast.r1.cache import LatentCache, NewSlots
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Embedding, Linear
 from r1sae_fast.r1.moe import MLP, MoE
@@ -70,14 +70,13 @@ class Block(nn.Module):
         x: Tensor,
         rotary: Tensor,
         cache: Tensor,
-        slots: tuple[Tensor, Tensor],
-        bias: Tensor,
+        slots: NewSlots,
         tap: BlockTap | None = None,
     ) -> Tensor:
         """The same for new tokens [batch, new, hidden] after cached ones; the other arguments
         are :meth:`LatentAttention.step`'s."""
         x = x if tap is None else tap("input", x)
-        mixed = self.self_attn.step(self.input_layernorm(x), rotary, cache, slots, bias)
+        mixed = self.self_attn.step(self.input_layernorm(x), rotary, cache, slots)
         return self._add(x, mixed, tap)
 
     def _add(self, x: Tensor, mixed: Tensor, tap: BlockTap | None) -> Tensor:
@@ -177,15 +176,10 @@ class R1Model(nn.Module):
     def step(self, tokens: Tensor, cache: LatentCache, taps: ModelTaps | None = None) -> Tensor:
         """Residual stream after the last block [batch, new, hidden] for new tokens
         [batch, new] that continue the cached sequences; the cache grows by them."""
-        batch, new = tokens.shape
-        positions = cache.grow(new)
-        slots = (torch.arange(batch, device=tokens.device)[:, None].expand(-1, new), positions)
-        hidden = torch.arange(cache.window, device=tokens.device) > positions[..., None]
-        bias = torch.zeros(hidden.shape, dtype=self.dtype, device=tokens.device)
-        bias = bias.masked_fill_(hidden, -torch.inf)[:, :, None]
+        slots = cache.grow(tokens.shape[1])
         x = self.embed_tokens(tokens).to(self.dtype)
-        rotary = cache.rotary[positions]
+        rotary = cache.rotary[slots.positions]
         for index, block in enumerate(self.layers):
             tap = None if taps is None else taps.at(index)
-            x = block.step(x, rotary, cache.rows[index], slots, bias, tap)  # type: ignore[operator]  # a Block
+            x = block.step(x, rotary, cache.rows[index], slots, tap)  # type: ignore[operator]  # a Block
         return x  # type: ignore[no-any-return]  # nn.Module calls are untyped

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from r1sae_fast.r1 import glue
 from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.linear import Linear
+from r1sae_fast.r1.shapes import padded
 
 # Up to these, running every expert on every token costs less than sorting the tokens.
 _FEW_TOKENS = 64
@@ -98,6 +99,20 @@ class Router(nn.Module):
         return experts, weights * config.routed_scaling_factor
 
 
+def gather(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]``, with rows of zeros after them where that makes for fewer shapes."""
+    count = rows.shape[0]
+    size = padded(count, x.dtype, x.device)
+    if size == count:
+        return x.index_select(0, rows)
+    if torch.is_grad_enabled():
+        return F.pad(x.index_select(0, rows), (0, 0, 0, size - count))
+    taken = x.new_empty(size, x.shape[1])
+    torch.index_select(x, 0, rows, out=taken[:count])
+    taken[count:] = 0
+    return taken
+
+
 class Experts(nn.Module):
     """Routed experts of a block, stacked: gate_up [experts, 2 * inter, hidden] and
     down [experts, hidden, inter]. A checkpoint's per-expert tensors are slices of these.
@@ -170,8 +185,8 @@ class Experts(nn.Module):
             if slots.shape[0]:
                 rows = slots // k
                 gate_up, down = self.expert(index, x.dtype)
-                gate, up = F.linear(given.index_select(0, rows), gate_up).chunk(2, -1)
-                output = F.linear(self.quantize(gated(gate, up)), down)
+                gate, up = F.linear(gather(given, rows), gate_up).chunk(2, -1)
+                output = F.linear(self.quantize(gated(gate, up)), down)[: rows.shape[0]]
                 # A token has an expert once, so no row is added to twice: deterministic.
                 total.index_add_(0, rows, output * scales.index_select(0, slots)[:, None])
 

@@ -8,7 +8,7 @@ use numpy::{
 };
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use r1sae_core::r1::{self, Routing};
+use r1sae_core::r1::{self, Routing, Step, Tensors};
 use r1sae_core::rows::Matrix;
 use r1sae_core::simd::Simd;
 
@@ -173,10 +173,91 @@ fn r1_route(
         .map_err(to_py)
 }
 
+/// Attention of new tokens to the cache `[sequences, capacity * width]`, to which their `rows`
+/// `[tokens, width]` are written: from `absorbed` `[heads, tokens * rank]` and `query`
+/// `[tokens, heads * head]` into `output` `[heads, tokens * rank]`.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)] // flat, as Python gives them
+fn r1_attend(
+    py: Python<'_>,
+    rows: Input<'_>,
+    absorbed: Input<'_>,
+    query: Input<'_>,
+    slots: PyReadonlyArray1<'_, i64>,
+    cache: Output<'_>,
+    output: Output<'_>,
+    rank: usize,
+    scale: f32,
+    threads: usize,
+) -> PyResult<()> {
+    let simd = Simd::active().map_err(to_py)?;
+    let slots = vector(&slots)?;
+    let step = |rows: &[usize], heads: usize, query: &[usize], cache: &[usize]| Step {
+        heads,
+        new: slots.len().checked_div(cache[0]).unwrap_or(0),
+        capacity: cache[1].checked_div(rows[1]).unwrap_or(0),
+        rank,
+        width: rows[1],
+        head: query[1].checked_div(heads).unwrap_or(0),
+        scale,
+    };
+    match (&rows, &absorbed, &query, cache, output) {
+        (
+            Input::F32(rows),
+            Input::F32(absorbed),
+            Input::F32(query),
+            Output::F32(mut cache),
+            Output::F32(mut output),
+        ) => {
+            let step = step(
+                rows.shape(),
+                absorbed.shape()[0],
+                query.shape(),
+                cache.shape(),
+            );
+            let tensors = Tensors {
+                rows: rows.as_slice().map_err(contiguous)?,
+                absorbed: absorbed.as_slice().map_err(contiguous)?,
+                query: query.as_slice().map_err(contiguous)?,
+                slots,
+                cache: slice_mut(&mut cache)?,
+                output: slice_mut(&mut output)?,
+            };
+            py.detach(|| r1::attend(step, tensors, simd, threads))
+        }
+        (
+            Input::Bf16(rows),
+            Input::Bf16(absorbed),
+            Input::Bf16(query),
+            Output::Bf16(mut cache),
+            Output::Bf16(mut output),
+        ) => {
+            let step = step(
+                rows.shape(),
+                absorbed.shape()[0],
+                query.shape(),
+                cache.shape(),
+            );
+            let tensors = Tensors {
+                rows: bf16s(rows.as_slice().map_err(contiguous)?),
+                absorbed: bf16s(absorbed.as_slice().map_err(contiguous)?),
+                query: bf16s(query.as_slice().map_err(contiguous)?),
+                slots,
+                cache: bf16s_mut(slice_mut(&mut cache)?),
+                output: bf16s_mut(slice_mut(&mut output)?),
+            };
+            py.detach(|| r1::attend(step, tensors, simd, threads))
+        }
+        _ => return Err(mixed()),
+    }
+    .map_err(to_py)
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(r1_rms_norm, module)?)?;
     module.add_function(wrap_pyfunction!(r1_rotate, module)?)?;
     module.add_function(wrap_pyfunction!(r1_latents, module)?)?;
     module.add_function(wrap_pyfunction!(r1_route, module)?)?;
+    module.add_function(wrap_pyfunction!(r1_attend, module)?)?;
     Ok(())
 }

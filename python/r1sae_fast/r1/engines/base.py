@@ -19,6 +19,7 @@ from torch import Tensor
 from r1sae_fast.r1.chat import Messages
 from r1sae_fast.r1.generate import Generation, pad_right
 from r1sae_fast.r1.segments import segments
+from r1sae_fast.r1.shapes import padded
 from r1sae_fast.r1.weights import INDEX_NAME, SINGLE_NAME
 
 TINY_R1 = "tiny-r1"
@@ -193,11 +194,15 @@ class Engine(ABC):
         """
         for start in range(skip, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
-            tokens = pad_right(batch, self.device)
+            tokens = pad_right(batch, self.device, self.width_of(batch))
             lengths = torch.tensor([len(sequence) for sequence in batch], device=self.device)
             residuals = self.residuals(tokens, layer, lengths)
             present = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
             yield len(batch), residuals[present]
+
+    def width_of(self, batch: Sequence[Sequence[int]]) -> int:
+        """To which sequences that run together are padded: at least the longest."""
+        return padded(max(map(len, batch)), self.dtype, self.device, self.context)
 
     def committed(self) -> None:
         """Called when all rows of the last :meth:`rows` are safely on disk: whatever was kept to

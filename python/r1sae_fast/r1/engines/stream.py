@@ -251,7 +251,7 @@ class StreamEngine(Engine):
             ShardError: another run is at work in the scratch folder.
         """
         self.check_layer(layer)
-        batches = micro_batches(sequences, batch_size)
+        batches = micro_batches(sequences, batch_size, self.width_of)
         begin = skip // batch_size
         if begin >= len(batches):
             return
@@ -345,7 +345,7 @@ class StreamEngine(Engine):
         present = torch.arange(seq) < torch.tensor(whole)[:, None]
         tokens = torch.where(present, token_ids, 0)
         self.check_ids([int(tokens.min()), int(tokens.max())])
-        micro = [MicroBatch(0, tokens.tolist())]
+        micro = [MicroBatch(0, tokens.tolist(), seq)]
         plan = self.plan(shape_of(micro), layer, in_memory=True)
         hidden = MemoryHidden(batch * seq, self.hidden_size, self._dtype)
         for _, x in self._run(plan, micro, hidden, layer):

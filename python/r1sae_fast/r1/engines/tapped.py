@@ -139,8 +139,9 @@ class TappedEngine(GeneratingEngine):
         for start in range(0, len(sequences), batch_size):
             batch = sequences[start : start + batch_size]
             run.first = start
-            run.begin(range(len(batch)), [0] * len(batch), batch)
-            self._forward(pad_right(batch, self.device), run.layers[-1], run)
+            width = self.width_of(batch)
+            run.begin(range(len(batch)), [0] * len(batch), batch, width=width)
+            self._forward(pad_right(batch, self.device, width), run.layers[-1], run)
         return list(taps)
 
     def _sequences(self, token_ids: TokenIds, lengths: Lengths) -> list[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,12 @@ class MicroBatch:
     Attributes:
         first: row of its first token among the pass's rows (padding included).
         sequences: their token ids.
+        length: to which they are padded.
     """
 
     first: int
     sequences: Sequence[Sequence[int]]
-
-    @property
-    def length(self) -> int:
-        """Padded."""
-        return max(len(sequence) for sequence in self.sequences)
+    length: int
 
     @property
     def rows(self) -> int:
@@ -37,7 +34,7 @@ class MicroBatch:
 
     def tokens(self) -> Tensor:
         """[sequences, length] on the CPU."""
-        return pad_right(self.sequences, torch.device("cpu"))
+        return pad_right(self.sequences, torch.device("cpu"), self.length)
 
     def present(self, device: torch.device) -> Tensor:
         """[sequences, length], False at padding."""
@@ -45,12 +42,18 @@ class MicroBatch:
         return torch.arange(self.length, device=device) < lengths[:, None]
 
 
-def micro_batches(sequences: Sequence[Sequence[int]], batch_size: int) -> list[MicroBatch]:
-    """As the resident engine makes them: what is batched with what decides the last bits."""
+def micro_batches(
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    width_of: Callable[[Sequence[Sequence[int]]], int],
+) -> list[MicroBatch]:
+    """As the resident engine makes them: what is batched with what, and padded how far, decides
+    the last bits."""
     batches: list[MicroBatch] = []
     first = 0
     for start in range(0, len(sequences), batch_size):
-        batch = MicroBatch(first, sequences[start : start + batch_size])
+        together = sequences[start : start + batch_size]
+        batch = MicroBatch(first, together, width_of(together))
         batches.append(batch)
         first += batch.rows
     return batches
@@ -68,7 +71,7 @@ def identity(settings: str, batches: Sequence[MicroBatch]) -> str:
     """Hex digits that tell a pass from any other: all that its hidden states depend on."""
     digest = hashlib.sha256(settings.encode())
     for batch in batches:
-        digest.update(f"|{len(batch.sequences)}".encode())
+        digest.update(f"|{len(batch.sequences)}x{batch.length}".encode())
         for sequence in batch.sequences:
             digest.update(f";{len(sequence)}:".encode())
             digest.update(torch.tensor(sequence, dtype=torch.int64).numpy().tobytes())

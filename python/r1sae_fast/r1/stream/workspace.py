@@ -8,11 +8,13 @@ token to one expert). ``tests/stream/test_workspace.py`` holds it against what t
 from __future__ import annotations
 
 from r1sae_fast.r1.config import R1Config
+from r1sae_fast.r1.shapes import size_of
 
 
 def workspace_bytes(config: R1Config, fp8: str, itemsize: int, tokens: int) -> int:
     """Of a micro-batch of ``tokens`` (padding included), its input and output among them."""
     width = config.hidden_size
+    tokens = size_of(tokens)  # an expert's
     widest = max(
         _attention(config, fp8, itemsize),
         _mlp(config, fp8, itemsize, config.intermediate_size)

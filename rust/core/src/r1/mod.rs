@@ -1,4 +1,5 @@
-//! What stands between the products of an R1 forward on a CPU: norms, rotary positions, routing.
+//! What stands between the products of an R1 forward on a CPU: norms, rotary positions, routing;
+//! and attention on the cache.
 //!
 //! Each is a pass or two over a token's numbers, where the same in a tensor library is a handful
 //! of operations that all read and write memory; in a small model these take longer than the
@@ -9,9 +10,11 @@ use crate::rows::{map_ranges_mut, Matrix};
 use crate::simd::{Element, Simd};
 use crate::{Error, Result};
 
+mod attend;
 mod loops;
 mod route;
 
+pub use attend::{attend, Step, Tensors};
 pub use route::{route, Routing};
 
 fn check(name: &str, found: usize, expected: usize) -> Result<()> {

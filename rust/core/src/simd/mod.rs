@@ -233,6 +233,33 @@ impl Simd {
     pub fn dot<E: Element>(self, left: &[f32], right: &[E]) -> f32 {
         dispatch!(self, dot(left, right))
     }
+
+    /// Four inner products with the same vector, over its length; no left one may be shorter.
+    #[inline]
+    pub fn dot_4<E: Element>(self, left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+        dispatch!(self, dot_4(left, right))
+    }
+
+    /// `sums[i][j] += weights[i][row] * rows[row * stride + j]` for all rows: four mixtures of the
+    /// same rows. Goes over the weights' length; panics where `rows` or a slice is too short.
+    #[inline]
+    pub fn mix_4<E: Element>(
+        self,
+        sums: [&mut [f32]; 4],
+        weights: [&[f32]; 4],
+        rows: &[E],
+        stride: usize,
+    ) {
+        let (width, count) = (sums[0].len(), weights[0].len());
+        let last = count.checked_sub(1).map(|last| last * stride + width);
+        assert!(
+            sums.iter().all(|sum| sum.len() == width)
+                && weights.iter().all(|weights| weights.len() == count)
+                && last.is_none_or(|last| last <= rows.len()),
+            "a mixture of too little"
+        );
+        dispatch!(self, mix_4(sums, weights, rows, stride))
+    }
 }
 
 /// Asks for a slice's cache lines, a few thousand bytes at most; only a hint.

@@ -87,3 +87,20 @@ pub(super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
     }
     sums.iter().sum::<f32>() + tail
 }
+
+pub(super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+    left.map(|left| dot(left, right))
+}
+
+pub(super) fn mix_4<E: Element>(
+    sums: [&mut [f32]; 4],
+    weights: [&[f32]; 4],
+    rows: &[E],
+    stride: usize,
+) {
+    for (sum, weights) in sums.into_iter().zip(weights) {
+        for (row, weight) in weights.iter().enumerate() {
+            add_scaled(sum, *weight, &rows[row * stride..]);
+        }
+    }
+}

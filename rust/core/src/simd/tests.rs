@@ -99,6 +99,34 @@ fn check_sums<E: Element>(left: &[f32], rows: &[Vec<f32>; 4], scales: [f32; 4]) 
     }
 }
 
+fn check_mixtures<E: Element>(values: &[f32], width: usize, stride: usize, count: usize) {
+    let rows: Vec<E> = cast(&values[..count * stride]);
+    let left = [0, 1, 2, 3].map(|at| &values[at * 7..at * 7 + width]);
+    let weights = [0, 1, 2, 3].map(|at| &values[at * 11..at * 11 + count]);
+    // At most 40 + 1 terms of at most 4 * 4, or `width` of them.
+    let tolerance = f64::from(f32::EPSILON) * 16.0 * 64.0 * width.max(41) as f64;
+    for simd in twins() {
+        if let Some(row) = rows.get(..width) {
+            for (product, left) in simd.dot_4(left, row).into_iter().zip(left) {
+                let one = f64::from(simd.dot(left, row));
+                assert!((f64::from(product) - one).abs() <= tolerance, "{simd:?}");
+            }
+        }
+        let mut sums = left.map(<[f32]>::to_vec);
+        let [a, b, c, d] = &mut sums;
+        simd.mix_4([a, b, c, d], weights, &rows, stride);
+        for ((sum, left), weights) in sums.iter().zip(left).zip(weights) {
+            let mut one_by_one = left.to_vec();
+            for (row, weight) in weights.iter().enumerate() {
+                simd.add_scaled(&mut one_by_one, *weight, &rows[row * stride..]);
+            }
+            for (sum, expected) in sum.iter().zip(one_by_one) {
+                assert!((sum - expected).abs() <= tolerance as f32, "{simd:?}");
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn twins_select_as_scalar(values in row(), bound in 0.0_f32..2.0, groups in 1_usize..140) {
@@ -118,6 +146,28 @@ proptest! {
         check_sums::<f32>(&left, &rows, scales);
         check_sums::<bf16>(&left, &rows, scales);
     }
+}
+
+proptest! {
+    #[test]
+    fn four_at_once_are_one_by_one(
+        values in prop::collection::vec(-4.0_f32..4.0, 40 * 200),
+        width in 0_usize..180,
+        more in 0_usize..20,
+        count in 0_usize..40,
+    ) {
+        check_mixtures::<f32>(&values, width, width + more, count);
+        check_mixtures::<bf16>(&values, width, width + more, count);
+    }
+}
+
+#[test]
+#[should_panic(expected = "a mixture of too little")]
+fn a_mixture_beyond_the_rows_is_refused() {
+    let (mut a, mut b, mut c, mut d) = ([0.0; 4], [0.0; 4], [0.0; 4], [0.0; 4]);
+    let weights = [1.0; 3];
+    let sums = [&mut a[..], &mut b, &mut c, &mut d];
+    Simd::best().mix_4(sums, [&weights; 4], &[0.0_f32; 11], 4);
 }
 
 #[test]

@@ -255,3 +255,86 @@ pub(in super::super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
     let tail = left[whole..len].iter().zip(&right[whole..len]);
     tail.fold(lanes.iter().sum(), |sum, (l, r)| l.mul_add(r.to_f32(), sum))
 }
+
+#[target_feature(enable = "avx2,fma")]
+pub(in super::super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+    // Cut to one length, which also is a check.
+    let left = left.map(|left| &left[..right.len()]);
+    let whole = right.len() - right.len() % (2 * LANES);
+    // Two sums each hide the latency of the multiply-add.
+    let mut sums = [[_mm256_setzero_ps(); 2]; 4];
+    for start in (0..whole).step_by(2 * LANES) {
+        for half in 0..2 {
+            let at = start + half * LANES;
+            // SAFETY: at + 8 <= whole <= the length of all five.
+            let value = unsafe { E::load_8(right.as_ptr().add(at)) };
+            for (left, sums) in left.iter().zip(&mut sums) {
+                // SAFETY: as above.
+                let query = unsafe { _mm256_loadu_ps(left.as_ptr().add(at)) };
+                sums[half] = _mm256_fmadd_ps(query, value, sums[half]);
+            }
+        }
+    }
+    let sum = sums.map(|[a, b]| _mm256_add_ps(a, b));
+    let mut totals = sum.map(|sum| {
+        let mut lanes = [0.0_f32; LANES];
+        // SAFETY: the array holds the 32 bytes that are stored.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sum) };
+        lanes.iter().sum()
+    });
+    for (total, left) in totals.iter_mut().zip(left) {
+        let tail = left[whole..].iter().zip(&right[whole..]);
+        *total = tail.fold(*total, |sum, (l, r)| l.mul_add(r.to_f32(), sum));
+    }
+    totals
+}
+
+/// Vectors of each of four sums that are kept in registers.
+const MIXED: usize = 2;
+
+#[target_feature(enable = "avx2,fma")]
+pub(in super::super) fn mix_4<E: Element>(
+    mut sums: [&mut [f32]; 4],
+    weights: [&[f32]; 4],
+    rows: &[E],
+    stride: usize,
+) {
+    const COLUMNS: usize = MIXED * LANES;
+    let (width, count) = (sums[0].len(), weights[0].len());
+    let whole = width - width % COLUMNS;
+    for start in (0..whole).step_by(COLUMNS) {
+        let mut held = [[_mm256_setzero_ps(); MIXED]; 4];
+        for (held, sum) in held.iter_mut().zip(&sums) {
+            for (vector, held) in held.iter_mut().enumerate() {
+                // SAFETY: start + COLUMNS <= whole <= width, which Simd::mix_4 found each sum to be.
+                *held = unsafe { _mm256_loadu_ps(sum.as_ptr().add(start + vector * LANES)) };
+            }
+        }
+        for row in 0..count {
+            let scales = weights.map(|weights| _mm256_set1_ps(weights[row]));
+            for vector in 0..MIXED {
+                let at = row * stride + start + vector * LANES;
+                // SAFETY: row < count and start + COLUMNS <= width; Simd::mix_4 found the last
+                // row's end, (count - 1) * stride + width, to lie within the rows.
+                let value = unsafe { E::load_8(rows.as_ptr().add(at)) };
+                for (held, scale) in held.iter_mut().zip(scales) {
+                    held[vector] = _mm256_fmadd_ps(scale, value, held[vector]);
+                }
+            }
+        }
+        for (held, sum) in held.iter().zip(&mut sums) {
+            for (vector, held) in held.iter().enumerate() {
+                // SAFETY: as for the loads.
+                unsafe { _mm256_storeu_ps(sum.as_mut_ptr().add(start + vector * LANES), *held) };
+            }
+        }
+    }
+    for (sum, weights) in sums.into_iter().zip(weights) {
+        for (row, weight) in weights.iter().enumerate() {
+            let values = &rows[row * stride..][whole..width];
+            for (sum, value) in sum[whole..].iter_mut().zip(values) {
+                *sum = weight.mul_add(value.to_f32(), *sum);
+            }
+        }
+    }
+}
