@@ -191,20 +191,24 @@ def test_a_shard_of_other_rows_than_the_manifest_says(tmp_path: Path) -> None:
         _core.ExampleAccumulator(D_SAE, 2, 0, 0).add_shards([(path, 0, 21)], 1)
 
 
+_SLACK = 4.0
+"""Seconds for which a busy machine may stand still; the work would take far longer."""
+
+
 class _StopNow(Exception):
     """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
-def test_a_signal_stops_the_core_within_a_second(tmp_path: Path) -> None:
+def test_a_signal_stops_the_core_at_once(tmp_path: Path) -> None:
     rows, k = 4000, 250
     values = torch.arange(rows * k, 0, -1, dtype=torch.float32)
     indices = torch.arange(k, dtype=torch.int32).repeat(rows)
     codes = SparseCodes(values, indices, torch.arange(0, rows * k + 1, k), 1000)
     write(tmp_path / "codes", codes, rows_per_shard=rows)
     path = CodeShards(tmp_path / "codes").paths[0]
-    # A million codes, very often: a quarter of a minute or more.
-    many = [(path, i * rows, rows) for i in range(3000)]
+    # A million codes, very often: minutes.
+    many = [(path, i * rows, rows) for i in range(30_000)]
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise _StopNow
@@ -216,7 +220,7 @@ def test_a_signal_stops_the_core_within_a_second(tmp_path: Path) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(_StopNow):
             accumulator.add_shards(many, 2)
-        assert time.monotonic() - start < 0.3 + 1.0
+        assert time.monotonic() - start < 0.3 + 1.0 + _SLACK
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -268,12 +268,16 @@ def test_export_writes_every_table(database: FeatureDB, tmp_path: Path) -> None:
     assert len(list((tmp_path / "parquet").iterdir())) == len(files)
 
 
+_SLACK = 4.0
+"""Seconds for which a busy machine may stand still; the work would take far longer."""
+
+
 class _StopNow(Exception):
     """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
-def test_a_signal_stops_a_query_within_a_second(database: FeatureDB) -> None:
+def test_a_signal_stops_a_query_at_once(database: FeatureDB) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _StopNow
 
@@ -286,7 +290,7 @@ def test_a_signal_stops_a_query_within_a_second(database: FeatureDB) -> None:
             database.sql(
                 "SELECT sum(sqrt(a.range) * b.range) FROM range(1000000) a, range(1000000) b"
             )
-        assert time.monotonic() - start < 0.3 + 1.0
+        assert time.monotonic() - start < 0.3 + 1.0 + _SLACK
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
