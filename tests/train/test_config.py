@@ -15,7 +15,7 @@ from r1sae_fast.train import TrainConfig
         ({"d_sae": 0}, "d_sae is 0"),
         ({"k": 0}, "k is 0"),
         ({"k": 65}, "k is 65, more than d_sae = 64"),
-        ({"mode": "threshold"}, "mode is 'threshold'; expected one of batch_topk, topk"),
+        ({"mode": "threshold"}, "mode is 'threshold'; expected one of batch_topk, topk, "),
         ({"tokens": 0}, "tokens is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"seed": 2**63}, "seed"),
@@ -26,6 +26,11 @@ from r1sae_fast.train import TrainConfig
         ({"gradient_clip": 0.0}, "gradient_clip is 0"),
         ({"outlier_factor": 0.5}, "outlier_factor is 0.5"),
         ({"aux_k": 0}, "aux_k is 0"),
+        ({"matryoshka_widths": (8, 64)}, "is given with mode 'batch_topk'; expected mode"),
+        ({"mode": "matryoshka", "matryoshka_widths": (8, 8, 64)}, r"8, 64\]; expected numbers"),
+        ({"mode": "matryoshka", "matryoshka_widths": [8, 63]}, "that rise to d_sae = 64"),
+        ({"mode": "matryoshka", "matryoshka_widths": ()}, "that rise to d_sae = 64"),
+        ({"mode": "matryoshka", "matryoshka_widths": (0, 64)}, "a width of .* is 0"),
     ],
 )
 def test_settings_out_of_range_are_named(settings: dict[str, Any], words: str) -> None:
@@ -33,10 +38,25 @@ def test_settings_out_of_range_are_named(settings: dict[str, Any], words: str) -
         TrainConfig(**{"d_sae": 64, "k": 4, **settings})
 
 
-@pytest.mark.parametrize("settings", [{"d_sae": 64.0}, {"k": True}, {"learning_rate": "fast"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"d_sae": 64.0},
+        {"k": True},
+        {"learning_rate": "fast"},
+        {"matryoshka_widths": 64, "mode": "matryoshka"},
+    ],
+)
 def test_settings_of_another_type_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=next(iter(settings))):
         TrainConfig(**{"d_sae": 64, "k": 4, **settings})
+
+
+@pytest.mark.parametrize(
+    ("d_sae", "prefixes"), [(64, (4, 8, 16, 32, 64)), (5, (1, 2, 3, 5)), (1, (1,))]
+)
+def test_prefixes_without_settings(d_sae: int, prefixes: tuple[int, ...]) -> None:
+    assert TrainConfig(d_sae=d_sae, k=1, mode="matryoshka").prefixes == prefixes
 
 
 @given(

@@ -13,6 +13,7 @@ from r1sae_fast.optim import FactoredGradient
 from r1sae_fast.train import TrainConfig, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.gradients import Auxiliary, Weights
+from r1sae_fast.train.losses import Part
 from r1sae_fast.train.step import Learner
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_rows_without_codes(backend: ModuleType, with_dead: bool) -> None:
     weights = Weights(-torch.ones(5, 2), torch.ones(5, 2), torch.zeros(5))
     auxiliary = Auxiliary(torch.arange(5), 2, 1.0) if with_dead else None
     x, error = torch.ones(3, 2), torch.ones(3, 2)
-    found, loss = backend.gradients(codes, x, weights, error, 1.0, auxiliary)
+    found, loss = backend.gradients([Part(codes, error)], x, weights, error, 1.0, auxiliary)
     for gradient in (found.encoder, found.decoder, found.b_enc):
         assert not written_out(gradient).any()
     # Nothing is explained of the leftover.
@@ -158,7 +159,7 @@ def test_sparse_adam_leaves_features_without_codes_alone() -> None:
     mine.step(torch.randn(40, 16, generator=generator), 1e-2)
     before = {name: tensor.clone() for name, tensor in mine.tensors().items()}
     x = torch.randn(5, 16, generator=generator)
-    fired = mine._encode(x).indices.unique().long()
+    fired = mine.screen.batch_topk(x, 2).indices.unique().long()
     quiet = torch.ones(64, dtype=torch.bool)
     quiet[fired] = False
     mine.step(x, 1e-2)

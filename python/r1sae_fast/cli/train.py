@@ -23,7 +23,7 @@ def train(
     tokens: Annotated[
         int, typer.Option(help="Rows to train on in all; the shards are repeated as needed.")
     ] = 10_000_000,
-    mode: Annotated[str, typer.Option(help="batch_topk or topk.")] = "batch_topk",
+    mode: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
     tied: Annotated[
         bool, typer.Option("--tied", help="One matrix encodes and decodes, as in R1's SAEs.")
     ] = False,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
-MODES = ("batch_topk", "topk")
+MODES = ("batch_topk", "topk", "matryoshka")
 ADAMS = ("dense", "sparse")
 
 
@@ -17,7 +18,8 @@ class TrainConfig:
     Args:
         d_sae: number of features.
         k: codes kept per row; with batch_topk on average, ``k * rows`` of a batch together.
-        mode: "batch_topk" (arXiv:2412.06410) or "topk" (arXiv:2406.04093).
+        mode: "batch_topk" (arXiv:2412.06410), "topk" (arXiv:2406.04093) or "matryoshka"
+            (BatchTopK whose first features must do alone, arXiv:2503.17547).
         tied: one matrix encodes and decodes, as in the released R1 SAEs; else the decoder's rows
             are kept at norm 1.
         tokens: rows to train on in all; the shards are gone through again as often as needed.
@@ -44,6 +46,8 @@ class TrainConfig:
         outlier_factor: rows whose norm exceeds the median by this factor (attention sinks, the
             first token) are left out, and counted.
         seed: of the initial weights and the order of rows.
+        matryoshka_widths: numbers of features that must do alone, rising to ``d_sae``; default a
+            16th, an 8th, a quarter and half of ``d_sae``, and all.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
@@ -68,6 +72,7 @@ class TrainConfig:
     threshold_decay: float | None = None
     outlier_factor: float = 10.0
     seed: int = 0
+    matryoshka_widths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("d_sae", "k", "tokens", "batch_size"):
@@ -75,6 +80,9 @@ class TrainConfig:
         for name in ("aux_k", "dead_after_tokens"):
             if getattr(self, name) is not None:
                 _int(name, getattr(self, name), 1)
+        if self.matryoshka_widths is not None:
+            # A file has a list.
+            object.__setattr__(self, "matryoshka_widths", _widths(self))
         _int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; expected less than 2**63")
@@ -96,6 +104,13 @@ class TrainConfig:
         _number("gradient_clip", self.gradient_clip, math.ulp(0.0), math.inf)
         _number("aux_coefficient", self.aux_coefficient, 0.0, math.inf)
         _number("outlier_factor", self.outlier_factor, 1.0, math.inf)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """``matryoshka_widths`` or its default."""
+        if self.matryoshka_widths is not None:
+            return self.matryoshka_widths
+        return tuple(sorted({-(-self.d_sae // part) for part in (16, 8, 4, 2, 1)}))
 
     @property
     def steps(self) -> int:
@@ -138,7 +153,27 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return asdict(self)
+        widths = self.matryoshka_widths
+        return asdict(self) | {"matryoshka_widths": None if widths is None else list(widths)}
+
+
+def _widths(config: TrainConfig) -> tuple[int, ...]:
+    widths = config.matryoshka_widths
+    if not isinstance(widths, (list, tuple)):
+        raise TypeError(f"matryoshka_widths is {widths!r}; expected a list of ints")
+    if config.mode != "matryoshka":
+        raise ValueError(
+            f'matryoshka_widths is given with mode {config.mode!r}; expected mode "matryoshka"'
+        )
+    for width in widths:
+        _int("a width of matryoshka_widths", width, 1)
+    rising = all(low < high for low, high in pairwise(widths))
+    if not rising or not widths or widths[-1] != config.d_sae:
+        raise ValueError(
+            f"matryoshka_widths is {list(widths)}; expected numbers that rise to "
+            f"d_sae = {config.d_sae}"
+        )
+    return tuple(widths)
 
 
 def _int(name: str, value: object, low: int) -> None:

@@ -13,45 +13,48 @@ from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops.sparse_grad import feature_lists, gradient_of_values
 from r1sae_fast.optim import FactoredGradient
 from r1sae_fast.train.gradients import Auxiliary, Gradients, Weights
+from r1sae_fast.train.losses.base import Part
 
 _DENSE_SHARE = 0.05
 """From this share of features a row on, a matrix product beats sums over codes."""
 
 
 def gradients(
-    codes: SparseCodes,
+    parts: list[Part],
     x: Tensor,
     weights: Weights,
     error: Tensor,
     scale: float,
     auxiliary: Auxiliary | None,
 ) -> tuple[Gradients[FactoredGradient], Tensor]:
-    """As :func:`r1sae_fast.train.gradients.gradients`; ``x`` and ``error`` are kept, not copied."""
+    """As :func:`r1sae_fast.train.gradients.gradients`; ``x`` and the parts are kept, not copied."""
     d_sae, d_in = weights.decoder.shape
     encoder = FactoredGradient(d_sae, d_in)
     tied = weights.encoder is weights.decoder
     decoder = encoder if tied else FactoredGradient(d_sae, d_in)
-    result = Gradients(encoder, decoder, torch.zeros(d_sae))
-    _add(result, codes, x, weights.decoder, error, scale)
+    result = Gradients(encoder, decoder, torch.zeros(d_sae), [])
+    for part in parts:
+        result.of_values.append(_add(result, part, x, weights.decoder, scale))
     if auxiliary is None:
         return result, torch.zeros(())
     return result, _add_auxiliary(result, x, weights, error, auxiliary)
 
 
 def _add(
-    to: Gradients[FactoredGradient],
-    codes: SparseCodes,
-    x: Tensor,
-    decoder: Tensor,
-    gradient: Tensor,
-    scale: float,
-) -> None:
-    """Adds what ``scale * gradient`` of the reconstruction makes of the codes."""
+    to: Gradients[FactoredGradient], part: Part, x: Tensor, decoder: Tensor, scale: float
+) -> Tensor:
+    """Adds what ``scale`` times the part's gradient makes of its codes; returns their values'."""
+    codes, gradient = part.codes, part.gradient
     lists = feature_lists(codes.indices, codes.row_offsets, decoder.shape[0])
     of_values = gradient_of_values(lists, gradient, decoder).mul_(scale)
+    if part.extra is not None:
+        of_values += part.extra
+    if not part.learns:
+        return of_values
     to.encoder.add(lists, of_values, x)
     to.decoder.add(lists, scale * codes.values, gradient)
     to.b_enc.add_(torch.from_numpy(lists.sums(of_values.numpy())))
+    return of_values
 
 
 def _add_auxiliary(
@@ -71,7 +74,7 @@ def _add_auxiliary(
         features = dead[codes.indices.long()].to(torch.int32)
         d_sae = weights.decoder.shape[0]
         among_all = SparseCodes(codes.values, features, codes.row_offsets, d_sae)
-        _add(to, among_all, x, weights.decoder, missed, scale)
+        _add(to, Part(among_all, missed), x, weights.decoder, scale)
         return loss
     of_values = (missed @ decoder.T).mul_(scale).mul_(kept > 0)
     to.b_enc[dead] += of_values.sum(0)

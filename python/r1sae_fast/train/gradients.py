@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.optim import FactoredGradient
+from r1sae_fast.train.losses.base import Part
 
 Matrix = TypeVar("Matrix", Tensor, FactoredGradient)
 
@@ -48,6 +49,8 @@ class Gradients(Generic[Matrix]):
     encoder: Matrix
     decoder: Matrix
     b_enc: Tensor
+    of_values: list[Tensor]
+    """Of each part's codes, ``[nnz]`` each."""
 
 
 def decode(codes: SparseCodes, decoder: Tensor) -> Tensor:
@@ -56,7 +59,7 @@ def decode(codes: SparseCodes, decoder: Tensor) -> Tensor:
 
 
 def gradients(
-    codes: SparseCodes,
+    parts: list[Part],
     x: Tensor,
     weights: Weights,
     error: Tensor,
@@ -66,12 +69,18 @@ def gradients(
     """Gradients of the weights, and the auxiliary loss.
 
     Args:
-        codes: of ``rows`` rows; all values positive, so that relu passes every gradient.
+        parts: disjoint codes of ``rows`` rows; all values positive, so that relu passes every
+            gradient. ``scale`` times a part's gradient is that of the loss.
         x: ``[rows, d_in]``, what was encoded.
-        error: ``[rows, d_in]``, reconstruction minus x; ``scale`` times it is the gradient of the
-            loss in the reconstruction.
+        error: ``[rows, d_in]``, reconstruction minus x: what ``auxiliary`` explains.
     """
-    encoder, decoder, b_enc = _backward(codes, x, weights.decoder, error * scale)
+    found = [_backward(part, x, weights.decoder, scale) for part in parts]
+    learned = [one for one, part in zip(found, parts, strict=True) if part.learns]
+    encoder, decoder, b_enc, _ = learned[0]
+    for also in learned[1:]:
+        encoder += also.encoder
+        decoder += also.decoder
+        b_enc += also.b_enc
     loss = error.new_zeros(())
     if auxiliary is not None:
         dead, k, coefficient = auxiliary
@@ -83,28 +92,39 @@ def gradients(
         missed = decode(of_dead, part).add_(error)
         size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
         loss = missed.square().sum() / size
-        more = _backward(of_dead, x, part, missed.mul_(2.0 / size))
-        for mine, other in zip((encoder, decoder, b_enc), more, strict=True):
+        more = _backward(Part(of_dead, missed), x, part, 2.0 / size)
+        for mine, other in zip((encoder, decoder, b_enc), more[:3], strict=True):
             mine[dead] += coefficient * other
     if weights.encoder is weights.decoder:
         encoder.add_(decoder)
         decoder = encoder
-    return Gradients(encoder, decoder, b_enc), loss
+    return Gradients(encoder, decoder, b_enc, [one.of_values for one in found]), loss
 
 
-def _backward(
-    codes: SparseCodes, x: Tensor, decoder: Tensor, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of encoder, decoder and b_enc from that of the reconstruction."""
+class _Backward(NamedTuple):
+    encoder: Tensor
+    decoder: Tensor
+    b_enc: Tensor
+    of_values: Tensor
+
+
+def _backward(part: Part, x: Tensor, decoder: Tensor, scale: float | Tensor) -> _Backward:
+    """What ``scale`` times the part's gradient makes of the weights'."""
+    codes, gradient = part.codes, part.gradient * scale
     d_sae, features = decoder.shape[0], codes.indices.long()
     of_values = _gradient_of_values(codes, decoder, gradient)
+    if part.extra is not None:
+        of_values = of_values + part.extra
+    if not part.learns:
+        return _Backward(x, x, x, of_values)
     order = features.argsort(stable=True)
     rows = torch.repeat_interleave(codes.row_offsets.diff(), output_size=codes.nnz)[order]
     by_feature = F.pad(torch.bincount(features, minlength=d_sae).cumsum(0), (1, 0))
-    return (
+    return _Backward(
         _combine(rows, by_feature, of_values[order], x),
         _combine(rows, by_feature, codes.values[order], gradient),
         of_values.new_zeros(d_sae).index_add_(0, features, of_values),
+        of_values,
     )
 
 

@@ -1,17 +1,36 @@
-"""Which pre-activations become codes, by the package's own operations."""
+"""Which pre-activations become codes, by the package's own operations on dense products."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 
 
-def select(pre_activations: Tensor, k: int, mode: str) -> SparseCodes:
-    """Codes of ``pre_activations [rows, d_sae]`` in ``mode`` "batch_topk" or "topk".
+class DenseFinder:
+    """Finds what :class:`r1sae_fast.ops.Screen` finds, on any device, by all pre-activations.
 
-    NaN is never a code: the trainer looks for it in loss and weights instead, less often.
+    Args:
+        encoder: ``[d_sae, d_in]``; kept, not copied.
+        b_enc: ``[d_sae]``; likewise.
     """
-    operation = ops.batch_topk if mode == "batch_topk" else ops.topk
-    return operation(pre_activations, k, check_finite=False)
+
+    def __init__(self, encoder: Tensor, b_enc: Tensor) -> None:
+        self._encoder, self._b_enc = encoder, b_enc
+
+    def topk(self, x: Tensor, k: int, *, check_finite: bool) -> SparseCodes:
+        """The k strongest of each row."""
+        return ops.topk(self._pre_activations(x), k, check_finite=check_finite)
+
+    def batch_topk(self, x: Tensor, k: int, *, check_finite: bool) -> SparseCodes:
+        """The ``k * rows`` strongest of all."""
+        return ops.batch_topk(self._pre_activations(x), k, check_finite=check_finite)
+
+    def threshold(self, x: Tensor, theta: Tensor | float, *, check_finite: bool) -> SparseCodes:
+        """Those above ``theta``, a number or ``[d_sae]``, and above 0."""
+        return ops.threshold(self._pre_activations(x), theta, check_finite=check_finite)
+
+    def _pre_activations(self, x: Tensor) -> Tensor:
+        return torch.addmm(self._b_enc, x, self._encoder.T)

@@ -1,7 +1,7 @@
 """One step of training: loss, hand-written sparse gradients, Adam.
 
-The loss is the squared error per activation number; to it comes, with a small weight, how badly
-the dead features explain what the others left over (auxk, arXiv:2406.04093 appendix A.2).
+The loss is the architecture's (:mod:`r1sae_fast.train.losses`); to it comes, with a small weight,
+how badly the dead features explain what the others left over (auxk, arXiv:2406.04093 appendix A.2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from r1sae_fast.train import factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
-from r1sae_fast.train.select import select
+from r1sae_fast.train.losses import LOSSES, Finder, Sae
+from r1sae_fast.train.select import DenseFinder
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,10 @@ class Learner:
     @torch.no_grad()
     def gradients(self, x: Tensor) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
-        config, b_dec = self.config, self.parameters["b_dec"]
-        codes = self._encode(x)
+        config = self.config
+        sae = Sae(self.parameters, self._finder(), self._decode)
+        forward = LOSSES[config.mode].forward(sae, x, config, 1.0)
+        codes, error = forward.fired, forward.error
         self.unfired_tokens += x.shape[0]
         self.unfired_tokens[codes.indices.long()] = 0
         dead = (self.unfired_tokens >= config.dead_tokens).nonzero().flatten()
@@ -158,31 +161,28 @@ class Learner:
             auxiliary = Auxiliary(dead, k, config.aux_coefficient)
         self._follow_threshold(codes.values)
 
-        error = self._decode(codes).add_(b_dec).sub_(x)
-        squared = error.square().sum()
         scale = 2.0 / error.numel()
         differentiate = factored.gradients if self.in_factors else dense.gradients
-        gradients, aux_loss = differentiate(codes, x, self._weights(), error, scale, auxiliary)
+        gradients, aux_loss = differentiate(
+            forward.parts, x, self._weights(), error, scale, auxiliary
+        )
         found: dict[str, Tensor | FactoredGradient] = {"encoder": gradients.encoder}
         if not config.tied:
             found["decoder"] = gradients.decoder
-        found |= {"b_enc": gradients.b_enc, "b_dec": error.sum(0).mul_(scale)}
+        found |= {"b_enc": gradients.b_enc, "b_dec": forward.of_b_dec.sum(0).mul_(scale)}
         variance = (x - x.mean(0)).square().sum()
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
-        fvu = torch.where(variance > 0, squared / variance, math.nan)
+        fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
         l0 = codes.nnz / x.shape[0]
-        return StepFigures(squared / error.numel(), aux_loss, fvu, l0, dead.numel()), found
+        return StepFigures(forward.loss, aux_loss, fvu, l0, dead.numel()), found
 
     def _weights(self) -> Weights:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
-    def _encode(self, x: Tensor) -> SparseCodes:
-        weights = self._weights()
+    def _finder(self) -> Finder:
         if self.in_factors:
-            find = self.screen.batch_topk if self.config.mode == "batch_topk" else self.screen.topk
-            return find(x, self.config.k, check_finite=False)
-        pre = torch.addmm(weights.b_enc, x, weights.encoder.T)
-        return select(pre, self.config.k, self.config.mode)
+            return self.screen
+        return DenseFinder(self.parameters["encoder"], self.parameters["b_enc"])
 
     def _decode(self, codes: SparseCodes) -> Tensor:
         if self.in_factors:

@@ -88,6 +88,9 @@ def train(
         lock.release()
 
 
+_ENCODES = {"matryoshka": "batch_topk"}
+"""In which mode the SAE encodes, where that is not the mode it was trained in."""
+
 _OURS = {".lock", checkpoint.FILE, metrics.FILE, "sae.safetensors", "config.json"}
 
 
@@ -248,7 +251,7 @@ class Run:
             self.shards.d_in,
             config.d_sae,
             config.k,
-            cast(Mode, config.mode),
+            cast(Mode, _ENCODES.get(config.mode, config.mode)),
             tied=config.tied,
             dtype=torch.float32,
         )
