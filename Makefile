@@ -3,6 +3,7 @@
 #   PYTHON  the python that .venv is made with    (default: the first one of at least 3.10)
 #   VENV    where the environment lives           (default: .venv)
 #   JOBS    test processes                        (default: 2)
+#   FUZZ_SECONDS  of each fuzz target             (default: 180)
 #   ARGS    further arguments for the verb's tool (make test ARGS="-k shards", make demo ARGS="--help")
 
 .DEFAULT_GOAL := help
@@ -53,6 +54,16 @@ test-rust: $(INSTALLED) ## Run the tests of the Rust core
 .PHONY: test-python
 test-python: $(INSTALLED) ## Run the Python tests (ARGS="-k shards" picks some)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
+
+FUZZ_SECONDS ?= 180
+
+.PHONY: fuzz
+fuzz: ## Fuzz the readers of shards, FUZZ_SECONDS=180 each (needs cargo-fuzz and a nightly compiler)
+	@cargo +nightly fuzz --version >/dev/null 2>&1 || { echo "missing: cargo-fuzz or a nightly \
+	compiler; get them with: rustup toolchain install nightly && cargo install cargo-fuzz" >&2; exit 1; }
+	@for target in activation_shard code_shard; do mkdir -p rust/fuzz/corpus/$$target; \
+	  cargo +nightly fuzz run --fuzz-dir rust/fuzz $$target rust/fuzz/corpus/$$target \
+	  tests/shards/hostile -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 $(ARGS) || exit 1; done
 
 .PHONY: lint
 lint: lint-python lint-rust lint-repo ## Check style, types, stubs and house rules; change nothing

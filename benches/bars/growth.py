@@ -12,7 +12,7 @@ from bars.data import make_sae
 from bars.heaps import N
 from bars.heaps import prepare as prepare_codes
 from bars.report import Bar, Section
-from bars.shards import write_rows
+from bars.shards import warm, write_rows
 from harness.memory import PeakAnonymous
 from harness.shapes import SHAPES, Shape
 from r1sae_fast.encode import encode_shards
@@ -49,6 +49,7 @@ def heaps(folder: Path, shape: Shape, rows: int) -> Section:
 
     def work(size: int) -> Callable[[], object]:
         shards = CodeShards(prepare_codes(folder, shape, size))
+        warm(*shards.paths)
         return lambda: collect_examples(shards, N, progress=False)
 
     return Section([], grown("heaps", [rows // 100, rows // 10, rows], work))
@@ -62,7 +63,9 @@ def reading(folder: Path, rows: int) -> Section:
         place = folder / f"rows-{size}-{d_in}"
         if not place.exists():
             write_rows(place, d_in, size)
-        loader = ActivationShards(place).loader(BATCH, seed=0)
+        shards = ActivationShards(place)
+        warm(*shards.paths)
+        loader = shards.loader(BATCH, seed=0)
         return lambda: sum(len(batch) for batch in loader)
 
     return Section([], grown("shuffled epoch", [rows // 100, rows // 10, rows], work))

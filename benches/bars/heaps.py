@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import torch
 
 from bars.report import Bar, Section
+from bars.shards import warm
 from harness.shapes import Shape
 from harness.timing import Budget, in_turns
 from r1sae_fast import SparseCodes
@@ -15,6 +18,9 @@ from r1sae_fast.shards import CodeShards, CodeWriter
 
 N = 20
 CHUNK = 1 << 15
+REPEATS = 8
+"""How often the long stream lists each shard: what its rows take beyond the first time is the
+steady state, in which samples are full and few heaps change."""
 
 
 def write_codes(folder: Path, shape: Shape, rows: int) -> None:
@@ -45,6 +51,23 @@ def prepare(folder: Path, shape: Shape, rows: int) -> Path:
     return codes
 
 
+def prepare_long(codes: Path) -> Path:
+    """A folder that lists each shard of another :data:`REPEATS` times (as links), so that there are
+    rows enough for a steady state, in as much page cache."""
+    folder = codes.with_name(f"{codes.name}-x{REPEATS}")
+    if folder.exists():
+        return folder
+    header, *lines = (codes / "manifest.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines] * REPEATS
+    folder.mkdir()
+    for number, entry in enumerate(listed):
+        source, entry = codes / entry["file"], {**entry, "file": f"shard-{number:06d}.safetensors"}
+        os.link(source, folder / entry["file"])
+        header += "\n" + json.dumps(entry)
+    (folder / "manifest.jsonl").write_text(header + "\n")
+    return folder
+
+
 def read_all(folder: Path) -> int:
     """Every byte of the shards through the page cache, summed with torch's threads."""
     total = 0
@@ -55,26 +78,43 @@ def read_all(folder: Path) -> int:
 
 
 def heaps(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
-    """Steady state over all the shards."""
+    """All the shards from nothing, and the steady state behind them."""
     codes = prepare(folder, shape, rows)
-    shards = CodeShards(codes)
+    shards, long = CodeShards(codes), CodeShards(prepare_long(codes))
     activations = shards.nnz
     threads = torch.get_num_threads()
+    warm(*shards.paths)
     result = in_turns(
         f"P5 heaps of {activations / 1e6:.0f} M activations, n={N}",
         {
             "ours": lambda: collect_examples(shards, N, threads=threads, progress=False),
+            "without_samples": lambda: collect_examples(
+                shards, N, samples=0, threads=threads, progress=False
+            ),
+            f"times_{REPEATS}": lambda: collect_examples(long, N, threads=threads, progress=False),
             "reading": lambda: read_all(codes),
         },
         Budget(rounds=rounds),
     )
     result.work = (activations, "activations")
-    rate = activations / result.median() / 1e9
-    share = result.ratio("reading")
+    steady = (result.median(f"times_{REPEATS}") - result.median()) / (REPEATS - 1)
     return Section(
         [result],
         [
-            Bar("P5", "heaps from code shards", rate, 1.0, unit="G activations/s"),
-            Bar("P5", "share of the read bandwidth", share, 0.6, unit="of it"),
+            Bar(
+                "P5",
+                "heaps from code shards, the first rows",
+                activations / result.median() / 1e9,
+                1.0,
+                unit="G activations/s",
+            ),
+            Bar("P5", "steady state", activations / steady / 1e9, 1.0, unit="G activations/s"),
+            Bar(
+                "P5",
+                "steady state, share of the read bandwidth",
+                result.median("reading") / steady,
+                0.6,
+                unit="of it",
+            ),
         ],
     )

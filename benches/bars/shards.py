@@ -46,10 +46,20 @@ def in_memory(shards: ActivationShards) -> Tensor:
     return rows
 
 
+def warm(*files: Path) -> None:
+    """Reads files into the page cache: systems drop what nobody has read for a while."""
+    block = memoryview(bytearray(1 << 24))
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
 def gathers(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
-    """A shuffled epoch's batches, and a scan."""
+    """Batches of a shuffled epoch, and a scan in order, from the loader and by indexing."""
     place, file = prepare(folder, shape, rows)
     shards = ActivationShards(place)
+    warm(file, *shards.paths)
     memory = in_memory(shards)
     words = memory.view(torch.int64).numpy()
     mapped = np.load(file, mmap_mode="r")
@@ -68,7 +78,14 @@ def gathers(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
             index = np.array_split(batch.numpy(), threads)
             list(pool.map(copy_rows, index, np.array_split(out, threads)))
 
+    loader = shards.loader(BATCH, seed=0, epochs=None, drop_last=True)
+
     def ours() -> None:
+        """The next batches, as training takes them."""
+        for _ in zip(batches, loader):  # noqa: B905
+            pass
+
+    def indexed() -> None:
         for batch in batches:
             shards[batch]
 
@@ -77,7 +94,12 @@ def gathers(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
             mapped[batch.numpy()]
 
     assert torch.equal(shards[batches[0]].activations, memory[batches[0]])
-    calls = {"ours": ours, "parallel_memcpy": parallel_copy, "np_memmap": memmap}
+    calls = {
+        "ours": ours,
+        "indexed": indexed,
+        "parallel_memcpy": parallel_copy,
+        "np_memmap": memmap,
+    }
     shuffled = in_turns(
         f"P6 shuffled rows of {2 * shape.d_in} bytes, {len(batches)} x {BATCH}",
         calls,
@@ -85,8 +107,14 @@ def gathers(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
     )
     shuffled.work = (len(batches) * BATCH * shape.d_in * 2, "B")
     target = torch.empty_like(memory[:CHUNK])
+    in_order = shards.loader(CHUNK, shuffle=False, drop_last=True)
 
     def scan() -> None:
+        """Each batch in memory of its own, as the copy's."""
+        for _ in in_order:
+            pass
+
+    def mapped_scan() -> None:
         for start in range(0, len(shards) - CHUNK + 1, CHUNK):
             target.copy_(shards[start : start + CHUNK].activations)
 
@@ -96,7 +124,7 @@ def gathers(folder: Path, shape: Shape, rows: int, rounds: int) -> Section:
 
     sequential = in_turns(
         f"P6 sequential, {len(shards)} rows",
-        {"ours": scan, "memcpy": memcpy},
+        {"ours": scan, "slices_copied": mapped_scan, "memcpy": memcpy},
         Budget(rounds=rounds),
     )
     sequential.work = (len(shards) * shape.d_in * 2, "B")

@@ -11,15 +11,16 @@ its results are kept beside the baselines' folder, in ``results``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import results
+from harness import machine, results
 from harness.compare import TOLERANCE, better, compare, read_baseline, write_baseline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,12 @@ BENCHES = ROOT / "benches"
 OPERATIONS = [BENCHES / room for room in ("ops", "sae", "examples", "shards")]
 """What is compared unless told otherwise: single operations, in a minute or two. Whole models are
 benches of their own, beside transformers, and take longer."""
+
+AGAIN = 3
+"""How often a contest that seems slower is repeated before it fails."""
+BUSY = 0.1
+"""What part of the CPUs others may take: where a second thread waits for its turn, ours lose more
+than a reference that runs on one."""
 
 
 def run_benches(targets: Sequence[str | Path], seconds: float) -> dict[str, Any]:
@@ -52,36 +59,66 @@ def run_benches(targets: Sequence[str | Path], seconds: float) -> dict[str, Any]
         return results.read(path)
 
 
+def comparable(baseline: Path, here: Mapping[str, Any]) -> str | None:
+    """None if ratios of this machine may be compared with the baseline's; else why not."""
+    there = json.loads(baseline.read_text())["machine"]
+    for name in ("torch", "simd"):
+        # Of torch, whose code is the reference, the version without its patch and build.
+        mine, other = (".".join(str(facts.get(name)).split(".")[:2]) for facts in (here, there))
+        if mine != other:
+            return f"it was made with {name} {other}, here is {mine}"
+    return None
+
+
 def check(
     targets: Sequence[str | Path],
     baselines: Path,
     *,
     tolerance: float = TOLERANCE,
     seconds: float = 0.5,
+    busy: float = BUSY,
 ) -> int:
-    """Runs, compares, runs once more what seems slower; the exit code."""
-    run = run_benches(targets, seconds)
+    """Runs, compares, runs what seems slower up to :data:`AGAIN` times more; the exit code."""
+    with machine.OthersShare() as others:
+        run = run_benches(targets, seconds)
     name = run["machine"]["class"]
     path = baselines / f"{name}.json"
-    if not path.exists():
+    reason = f"no baseline for this CPU class, {name}"
+    if path.exists():
+        baseline = read_baseline(path)
+        reason = comparable(path, run["machine"]) or ""
+    if reason:
         kept = baselines.parent / "results" / f"{name}.json"
         write_baseline(kept, [run])
-        print(f"bench-check: no baseline for this CPU class, {name}: nothing to compare with, so")
+        print(f"bench-check: {reason}: nothing to compare with, so")
         print(f"  this passes; recorded in {kept}. To have it compared: make bench-baseline")
         return 0
-    baseline = read_baseline(path)
     found = {result["name"]: result for result in run["results"]}
-    slow = [v.name for v in compare(found.values(), baseline, tolerance) if v.failed]
-    again = sorted({found[name]["test"] for name in slow if name in found})
-    if again:
+    quiet = others.share <= busy
+    for _ in range(AGAIN):
+        slow = [v.name for v in compare(found.values(), baseline, tolerance) if v.failed]
+        again = sorted({found[name]["test"] for name in slow if name in found})
+        if not again:
+            break
         print(f"bench-check: {len(again)} seem slower; once more, for longer", flush=True)
-        for result in run_benches(again, 4 * seconds)["results"]:
+        with machine.OthersShare() as others:
+            repeated = run_benches(again, 2 * seconds)["results"]
+        quiet = quiet or others.share <= busy
+        for result in repeated:
             found[result["name"]] = better(found[result["name"]], result)
     verdicts = compare(found.values(), baseline, tolerance)
     print(f"\nbench-check against {path.name} (a path may lose {tolerance:.0%} of its lead)")
     for verdict in verdicts:
         print(f"  {verdict.line()}")
     failed = sum(verdict.failed for verdict in verdicts)
+    gone = any(verdict.failed and verdict.found is None for verdict in verdicts)
+    if failed and not gone and not quiet:
+        print(
+            f"bench-check: {failed} of {len(verdicts)} seem slower, but others took more than "
+            f"{busy:.0%} of the CPUs in every run ({others.share:.0%} in the last): that tells "
+            "nothing, so this passes"
+        )
+        return 0
     print(f"bench-check: {failed} of {len(verdicts)} failed" if failed else "bench-check: all well")
     return 1 if failed else 0
 
@@ -96,11 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="whose median is the baseline")
     parser.add_argument("--baselines", type=Path, default=BENCHES / "baselines")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
+    parser.add_argument("--busy", type=float, default=BUSY, help="what others may take of the CPUs")
     parser.add_argument("--seconds", type=float, default=0.5, help="for one contest")
     chosen = parser.parse_args(arguments)
     if not chosen.write:
         return check(
-            chosen.targets, chosen.baselines, tolerance=chosen.tolerance, seconds=chosen.seconds
+            chosen.targets,
+            chosen.baselines,
+            tolerance=chosen.tolerance,
+            seconds=chosen.seconds,
+            busy=chosen.busy,
         )
     runs = [run_benches(chosen.targets, chosen.seconds) for _ in range(chosen.runs)]
     path = chosen.baselines / f"{runs[0]['machine']['class']}.json"

@@ -25,6 +25,40 @@ TIERS = (
 )
 
 
+class OthersShare:
+    """What part of the CPUs' time others took while the block ran: other programs, and the host of
+    a virtual machine. 0 where the system doesn't tell (all but Linux)."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+    def __enter__(self) -> OthersShare:
+        self._before = _cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is None:
+            return
+        after = _cpu_seconds()
+        assert after is not None
+        all_, busy, ours = (now - then for now, then in zip(after, self._before, strict=True))
+        self.share = max(0.0, busy - ours) / all_ if all_ > 0 else 0.0
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """Seconds of all CPUs: that have passed, that something ran or was held up by the host, and
+    that this process and its finished children ran."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    # user, nice, system, idle, iowait, irq, softirq, steal; guests are counted in user.
+    fields = [int(word) for word in path.read_text().split("\n", 1)[0].split()[1:9]]
+    tick = os.sysconf("SC_CLK_TCK")
+    ours = os.times()
+    mine = ours.user + ours.system + ours.children_user + ours.children_system
+    return sum(fields) / tick, (sum(fields) - sum(fields[3:5])) / tick, mine
+
+
 def cpu() -> dict[str, Any]:
     """Vendor, family, model, name, and the features of :data:`FEATURES` that this CPU has."""
     fields: dict[str, str] = {}

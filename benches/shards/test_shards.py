@@ -74,13 +74,19 @@ def test_epoch(versus, shards, activations) -> None:
 
 
 def test_scan(versus, shards, activations) -> None:
+    """Both have each batch in memory of its own."""
+    loader = shards.loader(BATCH, shuffle=False)
     parts = [slice(start, start + BATCH) for start in range(0, len(activations), BATCH)]
     target = torch.empty_like(activations[:BATCH])
-    assert all(torch.equal(shards[part].activations, activations[part]) for part in parts)
+    assert all(
+        torch.equal(batch.activations, activations[part])
+        for batch, part in zip(loader, parts, strict=True)
+    )
     versus(
         f"a scan of {len(activations)} rows, copied out",
-        ours=lambda: [target.copy_(shards[part].activations) for part in parts],
+        ours=lambda: [len(batch) for batch in loader],
         torch=lambda: [target.copy_(activations[part]) for part in parts],
+        slices=lambda: [target.copy_(shards[part].activations) for part in parts],
         work=size(activations, len(activations)),
     )
 

@@ -135,7 +135,8 @@ def test_from_end_to_end(
     baselines.mkdir(parents=True)
     (benches / "conftest.py").write_text("from harness.plugin import *\n")
     (benches / "test_fake.py").write_text(BENCH)
-    arguments = [str(benches), "--baselines", str(baselines)]
+    # Whatever else runs on this machine: sleeps don't mind.
+    arguments = [str(benches), "--baselines", str(baselines), "--busy", "1"]
 
     assert check.main(arguments) == 0
     assert "no baseline for this CPU class" in capfd.readouterr().out
@@ -153,3 +154,22 @@ def test_from_end_to_end(
     monkeypatch.setenv("FAKE_SLOW", "1")
     assert check.main(arguments) == 1
     assert "SLOW  small: fake" in capfd.readouterr().out
+
+    # A busy machine tells nothing; another torch is another reference.
+    assert check.main([*arguments[:-1], "-1"]) == 0
+    assert "that tells nothing" in capfd.readouterr().out
+    (baseline,) = baselines.iterdir()
+    content = json.loads(baseline.read_text())
+    content["machine"]["torch"] = "1.13.1"
+    baseline.write_text(json.dumps(content))
+    assert check.main(arguments) == 0
+    assert "made with torch 1.13" in capfd.readouterr().out
+
+
+def test_the_share_of_others() -> None:
+    """A part of the whole, whatever else runs."""
+    with machine.OthersShare() as others:
+        start = time.process_time()
+        while time.process_time() - start < 0.2:
+            pass
+    assert 0.0 <= others.share <= 1.0

@@ -20,10 +20,12 @@ from r1sae_fast import ops
 from r1sae_fast.shards import ActivationShards, CodeShards
 torch.set_num_threads(2)
 activations, codes = ActivationShards(sys.argv[1]), CodeShards(sys.argv[2])
+batches = iter(activations.loader(1024, shuffle=False, epochs=None))
 pre = torch.randn(64, 9000)
 every = torch.arange(len(activations))
 actions = {
     "activations": lambda: activations[every].activations,
+    "loader": lambda: next(batches).activations,
     "codes": lambda: codes[every].codes.values,
     "ops": lambda: ops.batch_topk(pre, 30).values,
 }
@@ -58,6 +60,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     [
         ("activations", "activations"),
         ("activations", "ops"),
+        ("loader", "activations"),
+        ("ops", "loader"),
         ("codes", "codes"),
         ("codes", "ops"),
         ("ops", "activations"),

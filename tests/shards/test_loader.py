@@ -236,7 +236,7 @@ def test_states_of_other_loaders(
     with pytest.raises(ValueError, match=says):
         loader.load_state_dict({**state, **change})
     assert loader.state_dict() == state
-    for name in state:
+    for name in state.keys() - {"blocks"}:
         with pytest.raises(ValueError, match=f"it has no '{name}'"):
             loader.load_state_dict({key: state[key] for key in state.keys() - {name}})
 
@@ -278,3 +278,152 @@ def test_the_first_three_arguments_by_place(shards: ActivationShards) -> None:
     assert order(shards.loader(10, False, 0)) == list(range(ROWS))
     with pytest.raises(TypeError, match="positional argument"):
         shards.loader(10, True, 3, True)  # type: ignore[call-arg]
+
+
+# -- shuffled in blocks ------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(1, ROWS), st.integers(0, MASK))
+def test_blocks_every_row_once_an_epoch(
+    shards: ActivationShards, block: int, window: int, batch_size: int, seed: int
+) -> None:
+    loader = shards.loader(batch_size, seed=seed, epochs=2, blocks=(block, window))
+    rows = order(loader)
+    assert sorted(rows[:ROWS]) == sorted(rows[ROWS:]) == [*range(ROWS)]
+    one = order(shards.loader(ROWS, seed=seed, epochs=2, blocks=(block, window)))
+    assert rows == one  # whatever the batches
+
+
+def test_blocks_stay_together(shards: ActivationShards) -> None:
+    """Of a window of 2 blocks of 10 rows, all rows come before those of the next."""
+    rows = order(shards.loader(20, seed=3, blocks=(10, 2)))
+    for start in range(0, 100, 20):
+        offsets = sorted({(row - rows[0]) % ROWS for row in rows[start : start + 20]})
+        runs = 1 + int((np.diff(offsets) > 1).sum())
+        assert runs <= 4  # two blocks, each of which the end of the data may cut in two
+    assert rows != sorted(rows)
+
+
+def test_blocks_resume_exactly(shards: ActivationShards) -> None:
+    whole = order(shards.loader(7, seed=5, blocks=(10, 3)))
+    first = shards.loader(7, seed=5, blocks=(10, 3))
+    before = order(first, batches=6)
+    state = json.loads(json.dumps(first.state_dict()))
+    second = shards.loader(11, seed=5, blocks=(10, 3))
+    second.load_state_dict(state)
+    assert before + order(second) == whole
+    with pytest.raises(ValueError, match="blocks"):
+        shards.loader(7, seed=5).load_state_dict(state)
+
+
+def test_states_of_before_there_were_blocks(shards: ActivationShards) -> None:
+    loader = shards.loader(10)
+    before = order(loader, batches=3)
+    state = loader.state_dict()
+    del state["blocks"]
+    again = shards.loader(10)
+    again.load_state_dict(state)
+    assert before + order(again) == epoch_order(0, 0)
+
+
+@pytest.mark.parametrize("blocks", [(0, 1), (1, 0), (1,), (1.0, 2), 5, "ab"])
+def test_bad_blocks(shards: ActivationShards, blocks: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="block"):
+        shards.loader(10, blocks=blocks)
+
+
+# -- reading ahead -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
+    """Rows large enough for batches to be read ahead, in several shards."""
+    folder = tmp_path_factory.mktemp("loader") / "wide"
+    x = torch.arange(WIDE_ROWS, dtype=torch.float32)[:, None] + torch.zeros(1, WIDE)
+    with ActivationWriter(folder, WIDE, "float32", rows_per_shard=300) as writer:
+        writer.write(x, tokens=range(WIDE_ROWS))
+    return ActivationShards(folder)
+
+
+WIDE, WIDE_ROWS = 1024, 1000
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3, 50])
+@pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"blocks": (100, 2)}])
+def test_reading_ahead_changes_nothing(
+    wide: ActivationShards, prefetch: int, options: dict[str, Any]
+) -> None:
+    expected = order(wide.loader(70, seed=1, epochs=2, prefetch=0, **options))
+    loader = wide.loader(70, seed=1, epochs=2, prefetch=prefetch, **options)
+    assert order(loader) == expected
+    assert sorted(expected[:WIDE_ROWS]) == [*range(WIDE_ROWS)]
+
+
+def test_batches_that_are_held_stay_as_they_were(wide: ActivationShards) -> None:
+    """Memory is used again, but never while somebody can see it."""
+    loader = wide.loader(100, seed=2, epochs=3)
+    views = []
+    for number, batch in enumerate(loader):
+        if number % 3 == 0:
+            # A view alone keeps the memory; so does the caller's own writing.
+            batch.activations[:, 0] = -1.0
+            views.append((batch.tokens.clone(), batch.activations[:, 1:]))
+    assert len(views) == 10
+    for tokens, view in views:
+        assert torch.equal(view, tokens.float()[:, None].expand_as(view))
+
+
+def test_memory_is_used_again(wide: ActivationShards) -> None:
+    loader = wide.loader(100, epochs=4, prefetch=1)
+    addresses = {batch.activations.data_ptr() for batch in loader}
+    # One with the caller, one in the making, one read, one about to be freed.
+    assert len(addresses) <= 4
+
+
+def test_a_state_loaded_in_the_loop_counts(wide: ActivationShards) -> None:
+    loader = wide.loader(100, seed=4)
+    start = loader.state_dict()
+    found: list[int] = []
+    for number, batch in enumerate(loader):
+        found += batch.tokens.tolist()
+        if number == 2:
+            loader.load_state_dict(start)
+    whole = order(wide.loader(100, seed=4))
+    assert found == whole[:300] + whole
+
+
+def test_two_loops_share_one_epoch(wide: ActivationShards) -> None:
+    loader = wide.loader(100, seed=4)
+    first, second = iter(loader), iter(loader)
+    found = [row for _ in range(5) for it in (first, second) for row in next(it).tokens.tolist()]
+    assert found == order(wide.loader(100, seed=4))
+
+
+def test_errors_come_with_their_batch(tmp_path: Path) -> None:
+    """A file that changes under the loader is told of, not crashed on, and the thread ends."""
+    folder = tmp_path / "shards"
+    with ActivationWriter(folder, WIDE, "float32", rows_per_shard=300) as writer:
+        writer.write(torch.zeros(600, WIDE))
+    shards = ActivationShards(folder)
+    loader = shards.loader(100)
+    batches = iter(loader)
+    next(batches)
+    loader.seed = -1  # what only an error can come of
+    loader.load_state_dict({**loader.state_dict(), "row": 300})
+    with pytest.raises(OverflowError):
+        next(batches)
+
+
+def test_pinned_memory_needs_a_gpu(wide: ActivationShards) -> None:
+    if torch.cuda.is_available():
+        loader = wide.loader(100, pin_memory=True)
+        assert all(batch.activations.is_pinned() for batch in loader)
+    else:
+        with pytest.raises(ValueError, match="pin_memory is for copies to a CUDA GPU"):
+            wide.loader(100, pin_memory=True)
+
+
+@pytest.mark.parametrize("prefetch", [-1, 1.5, True])
+def test_bad_prefetch(shards: ActivationShards, prefetch: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="prefetch"):
+        shards.loader(10, prefetch=prefetch)

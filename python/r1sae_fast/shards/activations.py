@@ -17,7 +17,7 @@ from r1sae_fast.shards.columns import IntColumn, empty_columns
 from r1sae_fast.shards.folder import ShardFolder
 from r1sae_fast.shards.loader import ShardLoader
 from r1sae_fast.shards.manifest import ACTIVATIONS, Header, plain_json
-from r1sae_fast.shards.rows import as_bytes, count, to_rows
+from r1sae_fast.shards.rows import Rows, as_bytes, count, to_rows
 from r1sae_fast.shards.writer import FolderWriter, Growing
 
 DTYPES: dict[str, tuple[torch.dtype, str]] = {
@@ -32,6 +32,10 @@ _FP8_MAX = 448.0
 _SHARD_BYTES = 256 << 20
 # Below this, a copy costs less than a mapping of its own and its page faults.
 _MAP_BYTES = 256 << 10
+# Below this, memory of malloc's is as quick as a pool's.
+_POOL_BYTES = 256 << 10
+# Buffers that open shards keep for the next batch that is indexed, and how large they may be.
+_KEPT, _KEPT_BYTES = 2, 256 << 20
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
@@ -160,18 +164,21 @@ class ActivationWriter(FolderWriter):
         fp8 = self._dtype == torch.float8_e4m3fn
         # fp8 has a scale a row, so what it can hold is a matter of float32.
         held = torch.float32 if fp8 else self._dtype
-        cast = given.to("cpu", held)
         limit = torch.finfo(held).max
-        if self._check_finite and limit < torch.finfo(given.dtype).max:
-            row = first_non_finite(cast)
-            if row is not None:
-                narrow = held == torch.float16
-                way_out = "write with dtype='bfloat16' or 'float32'" if narrow else "scale it down"
-                raise ValueError(
-                    f"activations reach {float(given[row].abs().max()):g} in row {row}, more than "
-                    f"{held} can hold ({limit:g}); {way_out}"
-                )
-        return quantize_fp8(cast) if fp8 else (cast, None)
+        narrower = limit < torch.finfo(given.dtype).max
+        if self._check_finite and narrower and not _stays_finite(given, held):
+            row = first_non_finite(given.to(held)) or 0
+            way_out = (
+                "write with dtype='bfloat16' or 'float32'"
+                if held == torch.float16
+                else "scale it down"
+            )
+            raise ValueError(
+                f"activations reach {float(given[row].abs().max()):g} in row {row}, more than "
+                f"{held} can hold ({limit:g}); {way_out}"
+            )
+        # Rounded while they are copied, if need be.
+        return quantize_fp8(given.to("cpu", held)) if fp8 else (given, None)
 
     def _tensors(self, rows: int) -> list[tuple[str, str, list[int], Any]]:
         bytes_ = as_bytes(self._activations.get(rows))
@@ -235,31 +242,61 @@ class ActivationShards(ShardFolder):
         self.dtype = DTYPES[natural if dtype is None else dtype_name(dtype)][0]
         """What ``activations`` come in."""
         self._set = _core.ActivationSet(self._listed(), self.d_in, stored_name)
+        self._pool = _core.BufferPool(_KEPT, _KEPT_BYTES)
 
     @property
     def d_in(self) -> int:
         """Width of the activations."""
         return self._manifest.header.d
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row of activations."""
+        return self.d_in * self._stored.itemsize
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether rows had to come from the disk lately."""
+        return self._set.is_cold
+
+    def will_be_read(self, start: int, stop: int) -> None:
+        """Asks the system to fetch rows from the disk, without waiting for them. A hint."""
+        start, stop, _ = slice(start, stop).indices(len(self))
+        self._set.will_be_read(start, stop)
+
     def __getitem__(self, key: Any) -> ActivationBatch:
         rows = to_rows(key, len(self))
-        columns = empty_columns(count(rows))
-        arrays = tuple(column.numpy() for column in columns.values())
-        size = count(rows) * self.d_in * self._stored.itemsize
+        size = count(rows) * self.row_bytes
         if isinstance(rows, tuple) and self.dtype == self._stored and size >= _MAP_BYTES:
             mapped = self._set.map_private(*rows)
             if mapped is not None:
-                self._set.columns(rows, arrays)
+                columns = empty_columns(count(rows))
+                self._set.columns(rows, tuple(column.numpy() for column in columns.values()))
                 activations = torch.from_numpy(mapped).view(self._stored).view(-1, self.d_in)
                 return ActivationBatch(activations, **columns)
+        return self.gather(rows, self._pool)
+
+    def gather(
+        self, rows: Rows, pool: _core.BufferPool, *, pin_memory: bool = False
+    ) -> ActivationBatch:
+        """Copies or decodes rows that :func:`to_rows` gave into memory of a pool, or page-locked
+        memory (torch's, which keeps it for the next batch).
+        """
+        columns = empty_columns(count(rows))
+        arrays = tuple(column.numpy() for column in columns.values())
         read_dtype, output = self._stored, "stored"
         if self.stored_dtype == _FP8:
             # To float16 by way of float32, the others directly.
             narrow = self.dtype == torch.bfloat16
             read_dtype, output = (torch.bfloat16, "BF16") if narrow else (torch.float32, "F32")
-        activations = torch.empty((count(rows), self.d_in), dtype=read_dtype)
+        shape = (count(rows), self.d_in)
+        as_read = read_dtype == self.dtype
+        activations = _empty(shape, read_dtype, pool, pin_memory and as_read)
         self._set.gather(rows, output, as_bytes(activations), arrays)
-        return ActivationBatch(activations.to(self.dtype), **columns)
+        if not as_read:
+            converted = _empty(shape, self.dtype, pool, pin_memory)
+            activations = converted.copy_(activations)
+        return ActivationBatch(activations, **columns)
 
     def loader(
         self,
@@ -269,14 +306,35 @@ class ActivationShards(ShardFolder):
         *,
         drop_last: bool = False,
         epochs: int | None = 1,
+        blocks: tuple[int, int] | None = None,
+        prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> ShardLoader:
         """Batches of all rows, each row once an epoch; see :class:`ShardLoader`."""
         return ShardLoader(
-            self, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last, epochs=epochs
+            self,
+            batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            epochs=epochs,
+            blocks=blocks,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open, (self.folder, self._requested)
+
+
+def _empty(
+    shape: tuple[int, int], dtype: torch.dtype, pool: _core.BufferPool, pin_memory: bool
+) -> Tensor:
+    """Memory for a batch, its contents anything."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    if pin_memory or size < _POOL_BYTES:
+        return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+    return torch.from_numpy(pool.take(size)).view(dtype).view(shape)
 
 
 def _open(folder: str, dtype: str | torch.dtype | None) -> ActivationShards:
@@ -294,6 +352,14 @@ def first_non_finite(rows: Tensor) -> int | None:
         if not bool(rows[row].to(wide).isfinite().all()):
             return int(row)
     return None
+
+
+def _stays_finite(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite numbers stay finite when rounded. Rounding keeps the order, so the extremes
+    tell of all."""
+    if rows.numel() == 0:
+        return True
+    return bool(torch.stack(torch.aminmax(rows)).to(dtype).isfinite().all())
 
 
 def quantize_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,21 @@
-"""Batches in a shuffled order that can be stopped and resumed exactly.
+"""Batches in a shuffled order that can be stopped and resumed exactly, read ahead by a thread.
 
 The order of an epoch is a full permutation of all rows by a keyed bijection (a Feistel network,
 ``rust/core/src/shard/order.rs``): it depends on the number of rows, the seed and the epoch, and on
 nothing else (neither batch size nor shards nor threads), takes no memory, and any place of it can
-be computed alone. A state is therefore just an epoch and a row.
+be computed alone. A state is therefore just an epoch and a row. With ``blocks`` the order is one of
+the same kind that reads the disk in long pieces (``block_order.rs``).
 """
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from r1sae_fast import _core
 
@@ -17,6 +23,16 @@ if TYPE_CHECKING:
     from r1sae_fast.shards.activations import ActivationBatch, ActivationShards
 
 _U64 = 2**64
+# Smaller batches are read quicker than a thread is told to.
+_AHEAD_BYTES = 256 << 10
+
+
+class Place(NamedTuple):
+    """A batch of an epoch: rows ``start..stop`` of its order."""
+
+    epoch: int
+    start: int
+    stop: int
 
 
 class ShardLoader:
@@ -26,6 +42,10 @@ class ShardLoader:
     own; the next loop goes on with further epochs. A loop that is left early is continued by the
     next one, as is a state that was loaded.
 
+    A thread reads ``prefetch`` batches ahead, into memory that is used again once the caller has
+    dropped a batch and every tensor that shows it: a batch is the caller's own for as long as it is
+    held. Rows that have to come from the disk are asked for all at once.
+
     Args:
         shards: where the rows are.
         batch_size: rows of a batch; an epoch's last batch may have fewer.
@@ -33,6 +53,11 @@ class ShardLoader:
         seed: from 0 to 2**64 - 1.
         drop_last: leave out an epoch's last batch if it has fewer rows.
         epochs: of one loop.
+        blocks: ``(rows, count)`` shuffles blocks of so many neighbouring rows, then the rows of so
+            many blocks at a time, instead of all rows: for data larger than memory on disks whose
+            random reads are slow. Each row still comes once an epoch.
+        prefetch: batches read ahead; 0 reads each when it is asked for.
+        pin_memory: activations in page-locked memory, from which CUDA copies without waiting.
     """
 
     def __init__(
@@ -44,19 +69,30 @@ class ShardLoader:
         seed: int = 0,
         drop_last: bool = False,
         epochs: int | None = 1,
+        blocks: tuple[int, int] | None = None,
+        prefetch: int = 2,
+        pin_memory: bool = False,
     ) -> None:
         _require_int("batch_size", batch_size, 1, 2**62)
         _require_int("seed", seed, 0, _U64 - 1)
+        _require_int("prefetch", prefetch, 0, 1024)
         if epochs is not None:
             _require_int("epochs", epochs, 1, 2**62)
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory is for copies to a CUDA GPU; torch sees none")
         self.shards = shards
         self.batch_size = batch_size
         self.shuffle = bool(shuffle)
         self.seed = seed
         self.drop_last = bool(drop_last)
         self.epochs = epochs
+        self.blocks = _checked_blocks(blocks) if self.shuffle else None
+        self.prefetch = prefetch
+        self.pin_memory = bool(pin_memory)
         self._epoch = 0
         self._row = 0
+        # What is read ahead, and one that the caller is about to drop.
+        self._pool = _core.BufferPool(prefetch + 2, 1 << 62)
 
     @property
     def epoch(self) -> int:
@@ -81,18 +117,33 @@ class ShardLoader:
     def __iter__(self) -> Iterator[ActivationBatch]:
         if self._batches_an_epoch() == 0:
             return
-        while True:
-            start = self._row
-            stop = min(start + self.batch_size, len(self.shards))
-            if stop == start or (self.drop_last and stop - start < self.batch_size):
-                self._epoch, self._row = self._epoch + 1, 0
-                if self.epochs is not None and self._epoch % self.epochs == 0:
+        ahead = _Ahead(self)
+        try:
+            while True:
+                place = self.place_from(self._epoch, self._row)
+                if place is None:
+                    self._epoch, self._row = self._epoch + 1, 0
                     return
-                continue
-            # Counted before it is handed out: a state saved in the loop's body includes it,
-            # and one saved with the last batch resumes to a loop that is over.
-            self._row = stop
-            yield self._batch(self._epoch, start, stop)
+                batch = ahead.get(place)
+                # Counted before it is handed out: a state saved in the loop's body includes it,
+                # and one saved with the last batch resumes to a loop that is over.
+                self._epoch, self._row = place.epoch, place.stop
+                yield batch
+                # Memory that nobody else holds may be used for the next batch.
+                del batch
+        finally:
+            ahead.close()
+
+    def place_from(self, epoch: int, row: int) -> Place | None:
+        """The batch that follows after ``row`` rows of an epoch; None at the end of a loop."""
+        for start in (row, 0):
+            stop = min(start + self.batch_size, len(self.shards))
+            if stop > start and not (self.drop_last and stop - start < self.batch_size):
+                return Place(epoch, start, stop)
+            epoch += 1
+            if self.epochs is not None and epoch % self.epochs == 0:
+                break
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, after the batches handed out so far. Plain JSON values."""
@@ -101,6 +152,7 @@ class ShardLoader:
             "rows": len(self.shards),
             "fingerprint": self.shards.fingerprint,
             "shuffle": self.shuffle,
+            "blocks": None if self.blocks is None else list(self.blocks),
             "seed": self.seed,
             "epoch": self._epoch,
             "row": self._row,
@@ -115,10 +167,11 @@ class ShardLoader:
             ValueError: the state is of other data or of another order; nothing is changed.
         """
         mine = self.state_dict()
+        state = {"blocks": None} | state  # states of before there was a choice
         missing = sorted(mine.keys() - state.keys())
         if missing:
             raise ValueError(f"not a loader's state: it has no {missing[0]!r}")
-        for name in ("version", "rows", "fingerprint", "shuffle", "seed"):
+        for name in ("version", "rows", "fingerprint", "shuffle", "blocks", "seed"):
             if state[name] != mine[name]:
                 raise ValueError(
                     f"the loader's state has {name} {state[name]!r}, this loader {mine[name]!r}; "
@@ -129,14 +182,88 @@ class ShardLoader:
         _require_int("the state's row", row, 0, len(self.shards))
         self._epoch, self._row = epoch, row
 
-    def _batch(self, epoch: int, start: int, stop: int) -> ActivationBatch:
-        if not self.shuffle:
-            return self.shards[start:stop]
-        return self.shards[_core.permutation(len(self.shards), self.seed, epoch, start, stop)]
+    def read(self, place: Place) -> ActivationBatch:
+        """The rows of a place."""
+        rows: Any = (place.start, place.stop)
+        if self.shuffle:
+            self._read_windows_ahead(place)
+            where = (len(self.shards), self.seed, place.epoch)
+            if self.blocks is None:
+                rows = _core.permutation(*where, place.start, place.stop)
+            else:
+                rows = _core.block_permutation(*where, self.blocks, place.start, place.stop)
+        return self.shards.gather(rows, self._pool, pin_memory=self.pin_memory)
+
+    def _read_windows_ahead(self, place: Place) -> None:
+        """Has the system fetch the blocks of the window behind this place's, while that is read."""
+        if self.blocks is None or not self.shards.is_cold:
+            return
+        where = (len(self.shards), self.seed, place.epoch, self.blocks)
+        first = place.start == 0
+        ranges, following = _core.block_window(*where, place.start)
+        wanted = ranges if first else []
+        # Once a window: with the batch in which it begins.
+        enters = first or _core.block_window(*where, place.start - 1)[1] != following
+        if following is not None and enters:
+            wanted = wanted + _core.block_window(*where, following)[0]
+        for start, stop in wanted:
+            self.shards.will_be_read(start, stop)
 
     def _batches_an_epoch(self) -> int:
         rows = len(self.shards)
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+
+
+class _Ahead:
+    """One loop's batches that are being read."""
+
+    def __init__(self, loader: ShardLoader) -> None:
+        self._loader = loader
+        self._process = os.getpid()
+        self._pending: deque[tuple[Place, Future[ActivationBatch]]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        size = loader.batch_size * loader.shards.row_bytes
+        if loader.prefetch and size >= _AHEAD_BYTES:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="r1sae-shards")
+
+    def get(self, place: Place) -> ActivationBatch:
+        """The batch at ``place``; begins to read those that follow."""
+        # A fork has no thread to wait for.
+        if self._thread is None or os.getpid() != self._process:
+            return self._loader.read(place)
+        # What was read ahead is of no use where the loader was sent elsewhere.
+        while self._pending and self._pending[0][0] != place:
+            self._pending.popleft()[1].cancel()
+        if not self._pending:
+            self._begin(place)
+        _, future = self._pending.popleft()
+        last: Place | None = self._pending[-1][0] if self._pending else place
+        while last is not None and len(self._pending) < self._loader.prefetch:
+            last = self._loader.place_from(last.epoch, last.stop)
+            if last is not None:
+                self._begin(last)
+        return future.result()
+
+    def _begin(self, place: Place) -> None:
+        assert self._thread is not None
+        self._pending.append((place, self._thread.submit(self._loader.read, place)))
+
+    def close(self) -> None:
+        """Ends the thread; a read that has begun is not waited for."""
+        self._pending.clear()
+        if self._thread is not None and os.getpid() == self._process:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _checked_blocks(blocks: tuple[int, int] | None) -> tuple[int, int] | None:
+    if blocks is None:
+        return None
+    if not isinstance(blocks, (tuple, list)) or len(blocks) != 2:
+        raise TypeError(f"blocks is {blocks!r}; expected (rows of a block, blocks of a window)")
+    rows, window = blocks
+    _require_int("the rows of a block", rows, 1, 2**31)
+    _require_int("the blocks of a window", window, 1, 2**31)
+    return rows, window
 
 
 def _require_int(name: str, value: Any, low: int, high: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -25,21 +26,30 @@ if TYPE_CHECKING:
 _OURS = re.compile(r"\.lock|manifest\.jsonl(\.tmp)?|shard-\d{6,}\.safetensors(\.tmp)?")
 _SHARD = re.compile(r"shard-\d{6,}\.safetensors")
 _TEMPORARY = re.compile(r"shard-\d{6,}\.safetensors\.tmp")
+# Bytes that a buffer begins with; and what is reserved for a whole shard at once, at most.
+_RESERVED, _MOST_RESERVED = 16 << 20, 512 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Growing:
-    """A buffer of rows that doubles when full, up to a limit that is never exceeded."""
+    """A buffer of rows, used again for every shard. Rows are copied into it once, unless a shard
+    outgrows what was reserved: then it doubles, up to a limit that is never exceeded.
+
+    What is reserved takes no memory before it is written to.
+    """
 
     def __init__(self, width: tuple[int, ...], dtype: torch.dtype) -> None:
         self._rows = torch.empty((0, *width), dtype=dtype)
+        self._row_bytes = max(1, math.prod(width) * dtype.itemsize)
 
     def put(self, start: int, rows: Tensor, limit: int | None = None) -> None:
-        """Copies ``rows`` to ``start`` and on."""
+        """Copies ``rows``, of any dtype and device, to ``start`` and on."""
         stop = start + rows.shape[0]
         if stop > self._rows.shape[0]:
-            capacity = max(stop, 2 * self._rows.shape[0], 64)
-            capacity = capacity if limit is None else max(stop, min(capacity, limit))
+            capacity = max(stop, 2 * self._rows.shape[0], _RESERVED // self._row_bytes)
+            if limit is not None:
+                whole = limit * self._row_bytes <= _MOST_RESERVED
+                capacity = max(stop, limit if whole else min(capacity, limit))
             grown = torch.empty((capacity, *self._rows.shape[1:]), dtype=self._rows.dtype)
             grown[:start] = self._rows[:start]
             self._rows = grown

@@ -143,7 +143,13 @@ class Run:
             )
         self.learner = Learner(config, shards.d_in, device)
         batch_size = min(config.batch_size, len(shards))
-        self.loader = shards.loader(batch_size, seed=config.seed, drop_last=True, epochs=None)
+        self.loader = shards.loader(
+            batch_size,
+            seed=config.seed,
+            drop_last=True,
+            epochs=None,
+            pin_memory=device.type == "cuda",
+        )
         self.counters = Counters(
             scale=self.standardisation.scale, norm_limit=self.standardisation.norm_limit
         )

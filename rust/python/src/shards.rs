@@ -9,6 +9,8 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use r1sae_core::shard::activation_set::{ActivationSet as CoreActivationSet, Output};
 use r1sae_core::shard::activations::ActivationDtype;
+use r1sae_core::shard::block_order::{BlockOrder, Blocks};
+use r1sae_core::shard::buffers::{Buffer as CoreBuffer, BufferPool as CoreBufferPool};
 use r1sae_core::shard::code_order::first_repeated;
 use r1sae_core::shard::code_set::{CodeSet as CoreCodeSet, ValueDtype, ValuesMut};
 use r1sae_core::shard::gather::{ColumnsMut, Listed, Rows};
@@ -89,6 +91,71 @@ fn permutation<'py>(
         Ok(places.into_iter().map(|row| row as i64).collect::<Vec<_>>())
     })?;
     Ok(places.into_pyarray(py))
+}
+
+/// Places `start..stop` of the order of `rows` rows that is shuffled in blocks.
+#[pyfunction]
+fn block_permutation<'py>(
+    py: Python<'py>,
+    rows: u64,
+    seed: u64,
+    epoch: u64,
+    blocks: (u64, u64),
+    start: u64,
+    stop: u64,
+) -> PyResult<Bound<'py, PyArray1<i64>>> {
+    if start > stop || stop > rows || i64::try_from(rows).is_err() {
+        return Err(PyValueError::new_err(format!(
+            "places {start}..{stop} are out of range for {rows} rows"
+        )));
+    }
+    let (block_rows, window) = blocks;
+    let order = BlockOrder::new(
+        rows,
+        seed,
+        epoch,
+        Blocks {
+            rows: block_rows,
+            window,
+        },
+    )
+    .map_err(to_py)?;
+    let long = stop - start >= MANY_ROWS as u64;
+    let places = run(py, long, |cancel| {
+        let places = order.get_range(start..stop, cancel)?;
+        // Rows fit an i64 (checked above); the cast is done in place.
+        Ok(places.into_iter().map(|row| row as i64).collect::<Vec<_>>())
+    })?;
+    Ok(places.into_pyarray(py))
+}
+
+/// The ranges of rows that the window of place `place` is made of, and the first place of the next
+/// window, if there is one.
+#[pyfunction]
+#[allow(clippy::type_complexity)]
+fn block_window(
+    rows: u64,
+    seed: u64,
+    epoch: u64,
+    blocks: (u64, u64),
+    place: u64,
+) -> PyResult<(Vec<(u64, u64)>, Option<u64>)> {
+    let (block_rows, window) = blocks;
+    let blocks = Blocks {
+        rows: block_rows,
+        window,
+    };
+    let order = BlockOrder::new(rows, seed, epoch, blocks).map_err(to_py)?;
+    let window = order.window_of(place);
+    let next = (window + 1 < order.windows()).then(|| (window + 1) * block_rows * blocks.window);
+    let ranges = order.window_ranges(window);
+    Ok((
+        ranges
+            .into_iter()
+            .map(|range| (range.start, range.end))
+            .collect(),
+        next,
+    ))
 }
 
 /// The first row of CSR codes that names a feature twice, and the feature.
@@ -221,6 +288,17 @@ impl ActivationSet {
         })
     }
 
+    /// Whether rows had to come from the disk lately.
+    #[getter]
+    fn is_cold(&self) -> bool {
+        self.0.is_cold()
+    }
+
+    /// Asks the system to fetch the activations of rows `start..stop`, without waiting for it.
+    fn will_be_read(&self, py: Python<'_>, start: usize, stop: usize) {
+        py.detach(|| self.0.will_be_read(start..stop));
+    }
+
     /// Fills the columns alone.
     fn columns(
         &self,
@@ -261,6 +339,39 @@ impl ActivationSet {
             PyArray1::borrow_from_array(&view, owner.into_any())
         }))
     }
+}
+
+/// Memory for batches that is used again once nothing refers to it.
+#[pyclass(frozen)]
+struct BufferPool(CoreBufferPool);
+
+#[pymethods]
+impl BufferPool {
+    #[new]
+    fn new(keep: usize, most: usize) -> Self {
+        Self(CoreBufferPool::new(keep, most))
+    }
+
+    /// An array of `bytes` bytes, its contents anything. The memory is the pool's again when the
+    /// array and all that show it are gone.
+    fn take<'py>(&self, py: Python<'py>, bytes: usize) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let mut buffer = self.0.take(bytes).map_err(to_py)?;
+        let (pointer, length) = (buffer.bytes_mut().as_mut_ptr(), bytes);
+        let owner = Bound::new(py, PooledBuffer { _buffer: buffer })?;
+        // SAFETY: the pointer and length are the buffer's, whose memory stays where it is when its
+        // handle moves; `u8` has no alignment nor invalid values; the pool gave the buffer to this
+        // call alone.
+        let view = unsafe { ArrayViewMut1::from_shape_ptr(length, pointer) };
+        // SAFETY: `owner` becomes the array's base and so outlives it, and it gives no other access
+        // to the memory, whose address never changes.
+        Ok(unsafe { PyArray1::borrow_from_array(&view, owner.into_any()) })
+    }
+}
+
+/// Keeps a buffer out of its pool for as long as an array shows it.
+#[pyclass(frozen)]
+struct PooledBuffer {
+    _buffer: CoreBuffer,
 }
 
 /// Keeps a mapping alive for the array that shows it.
@@ -364,8 +475,11 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(write_shard, module)?)?;
     module.add_function(wrap_pyfunction!(checksum_file, module)?)?;
     module.add_function(wrap_pyfunction!(permutation, module)?)?;
+    module.add_function(wrap_pyfunction!(block_permutation, module)?)?;
+    module.add_function(wrap_pyfunction!(block_window, module)?)?;
     module.add_function(wrap_pyfunction!(repeated_feature, module)?)?;
     module.add_class::<FolderLock>()?;
+    module.add_class::<BufferPool>()?;
     module.add_class::<ActivationSet>()?;
     module.add_class::<CodeSet>()
 }

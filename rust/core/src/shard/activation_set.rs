@@ -7,12 +7,20 @@ use half::bf16;
 use memmap2::MmapMut;
 
 use super::activations::{ActivationDtype, ActivationShardReader, ActivationView};
+use super::cold::Cold;
+use super::copy::Copy;
 use super::fp8;
 use super::gather::{ColumnsMut, Listed, Rows, Starts};
+use crate::simd::fetch;
 use crate::{pool, Cancel, Error, Result};
 
 /// Bytes of output that one task fills.
 const TASK_BYTES: usize = 1 << 18;
+/// Rows that one task asks the system for.
+const ASKED_ROWS: usize = 64;
+/// While a row is copied, the columns and the beginning of the row that is so many later are
+/// fetched.
+const AHEAD: usize = 4;
 
 /// What a gather writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +40,7 @@ pub struct ActivationSet {
     starts: Starts,
     d_in: usize,
     dtype: ActivationDtype,
+    cold: Cold,
 }
 
 impl ActivationSet {
@@ -65,6 +74,7 @@ impl ActivationSet {
             starts,
             d_in,
             dtype,
+            cold: Cold::new(),
         })
     }
 
@@ -112,26 +122,87 @@ impl ActivationSet {
         if rows.is_empty() {
             return Ok(());
         }
+        if self.cold.begin() {
+            self.ask_for(rows, cancel)?;
+        }
         let task_rows = (TASK_BYTES / width).max(1);
         let mut tasks = Vec::new();
         let mut rest = columns;
+        let way = Copy::of(out.len());
         for (task, out) in out.chunks_mut(task_rows * width).enumerate() {
             let (columns, more) = rest.split(out.len() / width);
             rest = more;
             tasks.push((task * task_rows, out, columns));
         }
+        // All at once, unless there are more shards than rows.
+        let few = if self.shards.len() <= rows.len() {
+            &self.shards[..]
+        } else {
+            &[]
+        };
+        let views: Vec<_> = few.iter().map(ActivationShardReader::view).collect();
+        let view_of = |shard: usize| match views.get(shard) {
+            Some(view) => *view,
+            None => self.shards[shard].view(),
+        };
         pool::try_for_each(tasks, |(first, out, mut columns)| {
             cancel.check()?;
-            let mut shard = 0;
-            for (place, out) in out.chunks_exact_mut(width).enumerate() {
-                let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
-                shard = found;
-                let view = self.shards[shard].view();
-                read_row(&view, row, output, out)?;
-                columns.set(place, &view.columns, row);
-            }
-            Ok(())
+            let copied = self.cold.watch(|| -> Result<()> {
+                let count = out.len() / width;
+                let mut shard = 0;
+                for (place, out) in out.chunks_exact_mut(width).enumerate() {
+                    if matches!(rows, Rows::List(_)) && place + AHEAD < count {
+                        let (shard, row) = self.starts.locate(rows.get(first + place + AHEAD));
+                        let view = view_of(shard);
+                        view.columns.fetch(row);
+                        fetch(view.row(row), 0);
+                    }
+                    let (found, row) = self.starts.locate_near(rows.get(first + place), shard);
+                    shard = found;
+                    let view = view_of(shard);
+                    read_row(&view, row, output, way, out)?;
+                    columns.set(place, &view.columns, row);
+                }
+                Ok(())
+            });
+            way.finish();
+            copied
         })
+    }
+
+    /// Whether rows had to come from the disk lately, so that [`ActivationSet::will_be_read`] helps.
+    pub fn is_cold(&self) -> bool {
+        self.cold.is_likely()
+    }
+
+    /// Asks the system to fetch the activations of rows that will be read, without waiting for it.
+    /// A hint; rows that don't exist are passed over.
+    pub fn will_be_read(&self, rows: Range<usize>) {
+        let (mut start, end) = (rows.start, rows.end.min(self.rows()));
+        while start < end {
+            let (shard, row) = self.starts.locate(start);
+            let here = (self.shards[shard].rows() - row).min(end - start);
+            self.shards[shard].will_be_read(row..row + here);
+            start += here;
+        }
+    }
+
+    fn ask_for(&self, rows: &Rows<'_>, cancel: &Cancel) -> Result<()> {
+        match rows {
+            Rows::Range(range) => self.will_be_read(range.clone()),
+            Rows::List(list) => {
+                let tasks: Vec<_> = list.chunks(ASKED_ROWS).collect();
+                pool::try_for_each(tasks, |task| {
+                    cancel.check()?;
+                    for &row in task {
+                        // Checked to be at least 0.
+                        self.will_be_read(row as usize..row as usize + 1);
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Copies the columns of `rows`, without their activations.
@@ -177,7 +248,13 @@ impl ActivationSet {
 }
 
 /// Copies or decodes one row; `out` has the width that `output` needs.
-fn read_row(view: &ActivationView<'_>, row: usize, output: Output, out: &mut [u8]) -> Result<()> {
+fn read_row(
+    view: &ActivationView<'_>,
+    row: usize,
+    output: Output,
+    way: Copy,
+    out: &mut [u8],
+) -> Result<()> {
     let misaligned = |error| {
         Error::InvalidArgument(format!(
             "the array to fill is not aligned for its type: {error}"
@@ -185,7 +262,7 @@ fn read_row(view: &ActivationView<'_>, row: usize, output: Output, out: &mut [u8
     };
     let stored = view.row(row);
     match output {
-        Output::Stored => out.copy_from_slice(stored),
+        Output::Stored => way.copy(stored, out),
         Output::Bf16 => {
             let out = bytemuck::try_cast_slice_mut::<u8, bf16>(out).map_err(misaligned)?;
             fp8::decode_bf16(stored, view.scales[row], out);

@@ -209,6 +209,14 @@ impl ActivationShardReader {
         self.file.bad(problem)
     }
 
+    /// Asks the system to fetch the activations of `rows`, without waiting for it.
+    pub(super) fn will_be_read(&self, rows: Range<usize>) {
+        let width = self.d_in() * self.dtype().size();
+        let start = self.layout.activations.range.start;
+        self.file
+            .will_be_read(start + rows.start * width..start + rows.end * width);
+    }
+
     /// Maps the stored bytes of `rows` anew, privately: no byte is copied until it is
     /// written to, and then the change is seen through this mapping alone, never in
     /// the file nor in another reader. `None` when the system has no mapping to give

@@ -3,6 +3,7 @@
 use safetensors::tensor::Dtype;
 
 use super::header::{Entry, Header};
+use crate::simd::fetch;
 
 /// Where the token columns lie in a file.
 #[derive(Debug, Clone)]
@@ -24,6 +25,17 @@ pub struct Columns<'a> {
     pub position: &'a [i32],
     /// 0 prompt, 1 thinking, 2 response, 255 unknown.
     pub segment: &'a [u8],
+}
+
+impl Columns<'_> {
+    /// Has the CPU fetch what is of `row`. A hint.
+    #[inline]
+    pub(super) fn fetch(&self, row: usize) {
+        fetch(self.tokens, row);
+        fetch(self.sequence_id, row);
+        fetch(self.position, row);
+        fetch(self.segment, row);
+    }
 }
 
 impl ColumnLayout {

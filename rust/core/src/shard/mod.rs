@@ -7,7 +7,8 @@
 //! - [`code_order`]: what holds within a row of codes;
 //! - [`activation_set`], [`code_set`]: many files as one array of rows, with [`gather`]
 //!   for what they have in common and [`fp8`] for what is decoded on the way;
-//! - [`order`]: a shuffled order of rows that takes no memory;
+//! - [`order`], [`block_order`]: shuffled orders of rows that take no memory;
+//! - [`buffers`]: memory for batches that is used again;
 //! - [`write`](mod@write), [`lock`]: one file written atomically, by one writer a folder.
 //!
 //! Files are little-endian, as safetensors prescribes; the views below are the
@@ -18,10 +19,14 @@ compile_error!("shards are read in place, which needs a little-endian machine");
 
 pub mod activation_set;
 pub mod activations;
+pub mod block_order;
+pub mod buffers;
 pub mod code_order;
 pub mod code_set;
 pub mod codes;
+mod cold;
 pub mod columns;
+mod copy;
 pub mod fp8;
 pub mod gather;
 pub mod header;

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use xxhash_rust::xxh3::Xxh3;
@@ -11,6 +12,8 @@ use crate::{Cancel, Error, Result};
 
 /// Bytes handed to the system at a time; between two, the cancel flag is looked at.
 const BLOCK: usize = 1 << 20;
+/// After so many bytes the disk is to begin.
+const FLUSH: u64 = 32 << 20;
 
 /// A tensor to be written: its bytes in row-major order, little-endian.
 #[derive(Debug, Clone)]
@@ -72,17 +75,51 @@ pub fn write_shard(path: &Path, tensors: Vec<Tensor<'_>>, cancel: &Cancel) -> Re
         path: temp,
         done: false,
     };
-    let mut hasher = Xxh3::new();
-    let mut bytes = 0;
-    let parts = std::iter::once(header.as_slice()).chain(tensors.iter().map(|tensor| tensor.bytes));
-    for part in parts {
-        for block in part.chunks(BLOCK) {
+    let parts: Vec<&[u8]> = std::iter::once(header.as_slice())
+        .chain(tensors.iter().map(|tensor| tensor.bytes))
+        .collect();
+    let bytes: u64 = parts.iter().map(|part| part.len() as u64).sum();
+    let failed = AtomicBool::new(false);
+    let hash = || -> Result<u64> {
+        let mut hasher = Xxh3::new();
+        for block in parts.iter().flat_map(|part| part.chunks(BLOCK)) {
+            cancel.check()?;
+            // Nobody asks any more.
+            if failed.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            hasher.update(block);
+        }
+        Ok(hasher.digest())
+    };
+    let mut write = || -> Result<()> {
+        let mut written = 0;
+        for block in parts.iter().flat_map(|part| part.chunks(BLOCK)) {
             cancel.check()?;
             file.write_all(block).map_err(io)?;
-            hasher.update(block);
-            bytes += block.len() as u64;
+            written += block.len() as u64;
+            if written % FLUSH < BLOCK as u64 {
+                start_writing_back(&file);
+            }
         }
-    }
+        Ok(())
+    };
+    // The checksum is worked out beside the system's copying, unless that takes no time or there is
+    // no thread to be had.
+    let xxh3 = std::thread::scope(|scope| -> Result<u64> {
+        let hashing = (bytes >= FLUSH)
+            .then(|| std::thread::Builder::new().spawn_scoped(scope, hash))
+            .and_then(std::io::Result::ok);
+        let written = write();
+        failed.store(written.is_err(), Ordering::Relaxed);
+        let hashed = match hashing.map(std::thread::ScopedJoinHandle::join) {
+            None if written.is_ok() => hash(),
+            None => Err(Error::Interrupted),
+            Some(Ok(hashed)) => hashed,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+        };
+        written.and(hashed)
+    })?;
     file.sync_all().map_err(io)?;
     drop(file);
     cancel.check()?;
@@ -93,10 +130,21 @@ pub fn write_shard(path: &Path, tensors: Vec<Tensor<'_>>, cancel: &Cancel) -> Re
         let _ = fs::remove_file(path);
         return Err(io(source));
     }
-    Ok(Written {
-        bytes,
-        xxh3: hasher.digest(),
-    })
+    Ok(Written { bytes, xxh3 })
+}
+
+/// Has the disk begin with what was written so far, so that syncing at the end finds little to do. A
+/// hint.
+fn start_writing_back(file: &File) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the descriptor is that of an open file; the call neither reads nor writes memory.
+        let _ =
+            unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
 }
 
 /// Header bytes and the tensors in file order: widest elements first, so that each
