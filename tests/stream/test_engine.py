@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.errors import ShardError
+from r1sae_fast.harvest import harvest
 from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.r1.blocks import Fp8Mode
 from r1sae_fast.r1.engines.stream import StreamEngine, StreamProgress
@@ -169,6 +170,38 @@ def test_a_cap_too_small_names_one_that_does(checkpoint: Path, sequences: list[l
     # The next engine finds more in the process than the first did.
     with StreamEngine(checkpoint, max_memory=least + 50 * 10**6, speeds=SPEEDS) as engine:
         assert len(rows(engine, sequences)) == 6
+
+
+def test_a_run_killed_behind_its_last_shard_leaves_nothing(
+    checkpoint: Path, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    """Between the last shard and the end of the pass's hidden states."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+
+    class Killed(Exception):
+        pass
+
+    class Last(StreamEngine):
+        def committed(self) -> None:
+            raise Killed
+
+    def run(kind: type[StreamEngine], scratch: Path) -> None:
+        with kind(checkpoint, scratch=scratch, speeds=SPEEDS) as engine:
+            harvest(engine, sequences, LAYER, out, mode="prefill", batch_size=BATCH)
+
+    with pytest.raises(Killed):
+        run(Last, out / ".stream")
+    assert (out / ".stream" / "state.json").exists()
+    run(StreamEngine, elsewhere)
+    assert (out / ".stream" / "state.json").exists()
+    run(StreamEngine, out / ".stream")
+    assert not (out / ".stream").exists()
+    # A folder that others may use is left alone.
+    shutil.rmtree(out)
+    with pytest.raises(Killed):
+        run(Last, elsewhere)
+    run(StreamEngine, elsewhere)
+    assert (elsewhere / "state.json").exists()
 
 
 def test_refusals(checkpoint: Path, tmp_path: Path) -> None:

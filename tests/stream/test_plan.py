@@ -168,3 +168,15 @@ def test_outlook() -> None:
     # Eight of 40 GB do not hold 406 GB.
     assert on_gpus(task, Gpus(memory=40 * 10**9)).limit == "memory"
     assert streaming(task, Machine(10**9, 3e9, 1e12)).limit == "memory"
+
+
+def test_every_form_of_a_batch_takes_memory_for_its_products() -> None:
+    budget = Budget(None, 0)
+    lengths = tuple((1, 512 + 64 * at) for at in range(8))
+    one, many = (Shape(8192, batches) for batches in (((1, 960),) * 8, lengths))
+    model = Model(R1, 37)
+    few, more = (make_plan(model, each, budget, SPEEDS).memory for each in (one, many))
+    assert more["Python and torch"] - few["Python and torch"] == 7 * 10 * (768 << 10)
+    on_gpu = make_plan(Model(R1, 37, kernels=True), many, budget, SPEEDS).memory
+    in_float32 = make_plan(Model(R1, 37, itemsize=4), many, budget, SPEEDS).memory
+    assert on_gpu["Python and torch"] == in_float32["Python and torch"] < few["Python and torch"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1sae_fast.errors import ShardError
+from r1sae_fast.r1.stream import scratch
 from r1sae_fast.r1.stream.scratch import HIDDEN, STATE, FileHidden, MemoryHidden, ScratchFolder
 
 ROWS, WIDTH = 10, 8
@@ -183,3 +185,28 @@ def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
     assert "512 kB needed" in run.stdout
     assert "--pass-tokens" in run.stdout
     assert not (tmp_path / "scratch").exists()
+
+
+def test_clearing_waits_for_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the state of the last block came after it, or found its temporary file gone."""
+    begun, written = threading.Event(), scratch.write_bytes
+
+    def slowly(path: Path, data: bytes) -> None:
+        path.with_name(path.name + ".tmp").write_bytes(data)
+        begun.set()
+        threading.Event().wait(0.2)
+        assert path.with_name(path.name + ".tmp").exists()
+        written(path, data)
+
+    monkeypatch.setattr(scratch, "write_bytes", slowly)
+    folder = ScratchFolder(tmp_path / "s")
+    hidden = folder.open("pass", ROWS, WIDTH, torch.float32)
+    hidden.write(0, values(0, 0, ROWS, torch.float32))
+    hidden.finish_block()
+    assert begun.wait(60)
+    folder.clear()
+    hidden.close()
+    folder.close()
+    assert not (tmp_path / "s").exists()

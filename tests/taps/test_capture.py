@@ -13,6 +13,7 @@ from r1sae_fast import FastSAE, SparseCodes
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.r1.taps import Apply, Capture
+from r1sae_fast.r1.taps import capture as capture_module
 
 batches = st.lists(st.lists(st.integers(2, 79), min_size=1, max_size=12), min_size=1, max_size=5)
 PLACES = ("", ".input", ".self_attn", ".mlp")
@@ -234,6 +235,38 @@ def test_codes_while_generating(engine: LocalEngine, sae: FastSAE) -> None:
     expected = sae.encode(residual.values)
     torch.testing.assert_close(capture.codes.to_dense(), expected, rtol=1e-4, atol=1e-4)
     assert capture.codes.rows == 17
+
+
+def test_rows_are_encoded_together_and_none_is_left(
+    engine: LocalEngine, sae: FastSAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's few rows wait for others, but not beyond the call, however it ends."""
+    monkeypatch.setattr(capture_module, "_TOGETHER", 10)
+    monkeypatch.setattr(capture_module, "_CACHE", 1 << 15)  # 102 rows of this SAE at once
+    encoded: list[int] = []
+    encode = sae.encode_sparse
+
+    def counted(rows: torch.Tensor) -> SparseCodes:
+        encoded.append(len(rows))
+        return encode(rows)
+
+    monkeypatch.setattr(sae, "encode_sparse", counted)
+    capture, residual = Capture(3, sae=sae, mode="threshold"), Capture(3)
+    with engine.tap(capture, residual):
+        engine.generate([[2, 3, 4], [5, 6]], max_new_tokens=8, stop_ids=[])
+        assert encoded == [11, 8]
+        expected = encode(residual.values)
+        assert capture.codes.counts.shape == (19,)
+        encoded.clear()
+        engine.residuals(torch.randint(3, 80, (3, 50)), 3)
+        assert encoded == [102, 48]
+        encoded.clear()
+        stream = engine.stream([[2, 3, 4]], max_new_tokens=8, stop_ids=[])
+        next(stream), next(stream)
+        stream.close()
+        assert encoded == []
+        assert capture.codes.rows == len(capture) == 4
+    assert expected.rows == 19
 
 
 def test_batch_topk_must_be_asked_for(engine: LocalEngine) -> None:

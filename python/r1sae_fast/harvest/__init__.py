@@ -183,6 +183,8 @@ def harvest(
             raise
         if writer.pending:
             run.finish()
+        if done.between_passes:
+            engine.finished(out_dir)
         return run.state()
 
 

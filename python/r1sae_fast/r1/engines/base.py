@@ -209,6 +209,11 @@ class Engine(ABC):
         resume it can go."""
         return
 
+    def finished(self, folder: Path) -> None:
+        """Called when a harvest to ``folder`` is at its end: what an earlier run of it left there
+        to go on from can go, too."""
+        return
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -189,6 +189,8 @@ class GeneratingEngine(Engine):
             with contextlib.closing(steps):
                 for step in steps:
                     yield start, step
+        if run is not None:
+            run.finish()
 
     def _encode_all(
         self, prompts: Sequence[Prompt], prefill: str, batch_size: int, first_number: int

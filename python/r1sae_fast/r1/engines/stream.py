@@ -34,14 +34,16 @@ from r1sae_fast.r1.stream.batches import MicroBatch, identity, micro_batches, sh
 from r1sae_fast.r1.stream.forward import StreamForward
 from r1sae_fast.r1.stream.loader import ReadAhead
 from r1sae_fast.r1.stream.plan import Budget, Model, Shape, StreamPlan, make_plan
+from r1sae_fast.r1.stream.probe import measure
 from r1sae_fast.r1.stream.process import MemoryKeeper, resident_bytes
 from r1sae_fast.r1.stream.scratch import Hidden, MemoryHidden, ScratchFolder
-from r1sae_fast.r1.stream.speeds import Speeds, measure
+from r1sae_fast.r1.stream.speeds import Speeds
 from r1sae_fast.r1.stream.weights import StoppableReader, Weights
 from r1sae_fast.r1.weights import CheckpointReader
 
 PASS_TOKENS = 2**20
 _UNKNOWN_BASE = 512 << 20
+_ANY_SPEEDS = Speeds(disk=1e9, flops=1e12, expert_flops=1e12, dequantize=1e9)
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,6 @@ class StreamEngine(Engine):
         Raises:
             ValueError: the memory cap is too small; the smallest that would do is named.
         """
-        if self._speeds is None:
-            self._speeds = measure(
-                self.directory, self.config, self._dtype, self._device, shape.largest
-            )
         model = Model(
             self.config,
             layer,
@@ -233,6 +231,11 @@ class StreamEngine(Engine):
         )
         memory = self._scratch_path is None if in_memory is None else in_memory
         budget = Budget(self._max_memory, self._base, self.reserve, memory)
+        if self._speeds is None:
+            make_plan(model, shape, budget, _ANY_SPEEDS)  # a cap too small is told at once
+            self._speeds = measure(
+                self.directory, self._reader, model, shape, self._dtype, self._device, self.fp8
+            )
         return make_plan(model, shape, budget, self._speeds)
 
     def rows(
@@ -320,6 +323,16 @@ class StreamEngine(Engine):
         """The pass's rows are on disk: its hidden states can go."""
         if self._scratch is not None:
             self._scratch.clear()
+
+    def finished(self, folder: Path) -> None:
+        """A run that was killed between its last shard and :meth:`committed` has left hidden
+        states; they go, if they are the folder's own."""
+        path = self._scratch_path
+        if path is None or folder.resolve() not in path.resolve().parents or not path.is_dir():
+            return
+        if self._scratch is None:
+            self._scratch = ScratchFolder(path)
+        self._scratch.clear()
 
     def residuals(
         self,

@@ -142,6 +142,7 @@ class TappedEngine(GeneratingEngine):
             width = self.width_of(batch)
             run.begin(range(len(batch)), [0] * len(batch), batch, width=width)
             self._forward(pad_right(batch, self.device, width), run.layers[-1], run)
+        run.finish()
         return list(taps)
 
     def _sequences(self, token_ids: TokenIds, lengths: Lengths) -> list[list[int]]:
@@ -261,4 +262,6 @@ class TappedEngine(GeneratingEngine):
                 *tokens.shape, self.hidden_size, dtype=self.dtype, device=self.device
             )
         residual = self._forward(torch.where(present, tokens, 0), layer, run)
+        if run is not None:
+            run.finish()
         return residual.masked_fill(~present[..., None], 0)

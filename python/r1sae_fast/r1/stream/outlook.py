@@ -165,7 +165,6 @@ def streaming(task: Task, machine: Machine) -> Way:
         flops=machine.flops,
         expert_flops=machine.flops,
         dequantize=machine.dequantize,
-        quantize=float("inf"),  # its time is within what products reach
         memory=5e11 if machine.kernels else 4e9,
     )
     model = Model(task.config, task.layer, is_fp8=task.is_fp8, kernels=machine.kernels)

@@ -35,8 +35,11 @@ from r1sae_fast.r1.stream.sizes import show_size
 from r1sae_fast.r1.stream.speeds import Speeds
 from r1sae_fast.r1.stream.workspace import workspace_bytes
 
-# Python and torch grow while they work: kernels made at run time, thread stacks, caches.
-LIBRARIES = 64 << 20
+# Python and torch grow while they work: thread stacks, caches.
+LIBRARIES = 32 << 20
+# See r1sae_fast.r1.shapes. oneDNN keeps the products it used last.
+_COMPILED, _MOST_COMPILED = 768 << 10, 1024
+_PRODUCTS, _EXPERT_SIZES = 10, 24
 _STEP = ("micro-batch", "one weight dequantised")
 _TOKEN_BYTES = 96  # a token id in Python's lists, and its segment
 
@@ -228,12 +231,21 @@ def _common(model: Model, shape: Shape, budget: Budget) -> dict[str, int]:
     largest = max(dequantize_bytes(specs, model.itemsize, model.is_fp8) for specs in blocks)
     workspace = workspace_bytes(model.config, model.fp8, model.itemsize, shape.largest)
     return {
-        "Python and torch": budget.base + LIBRARIES,
+        "Python and torch": budget.base + LIBRARIES + _compiled_bytes(model, shape),
         "caller's buffers": budget.reserve + 3 * row * shape.largest + _TOKEN_BYTES * shape.tokens,
         "hidden states": row * (shape.rows if budget.hidden_in_memory else 4 * shape.largest),
         _STEP[0]: workspace,
         _STEP[1]: 0 if model.kernels else largest,
     }
+
+
+def _compiled_bytes(model: Model, shape: Shape) -> int:
+    """Of bf16 products that torch compiles, on CPUs: a block's for each form of a micro-batch,
+    an expert's two for some numbers of rows."""
+    if model.kernels or model.itemsize != 2:
+        return 0
+    count = _PRODUCTS * len(set(shape.batches)) + 2 * _EXPERT_SIZES
+    return _COMPILED * min(count, _MOST_COMPILED)
 
 
 def _whole(model: Model, shape: Shape, budget: Budget, ahead: bool, cache: str) -> StreamPlan:
@@ -330,29 +342,14 @@ def _timed(plan: StreamPlan, model: Model, speeds: Speeds) -> StreamPlan:
     compute = expert_flops / speeds.expert_flops
     compute += max(plan.flops - expert_flops, 0) / speeds.flops
     compute += plan.dequantised / speeds.dequantize
-    if model.fp8 == "w8a8":
-        compute += rows * _quantised(model) / speeds.quantize
     if model.fp8 == "dequantize":  # while the weights are read
         compute += _fp8_numbers(model) * plan.chunks / speeds.dequantize
-    if plan.group is not None:
-        groups = -(-config.n_routed_experts // plan.group)
-        compute += rows * config.hidden_size * 8 * groups * mixtures / speeds.memory
+    groups = 1 if plan.group is None else -(-config.n_routed_experts // plan.group)
+    compute += rows * config.hidden_size * 8 * groups * mixtures / speeds.memory
     disk = (plan.read + plan.hidden) / speeds.disk
     whole = max(disk, compute) if plan.ahead else disk + compute
     plan.seconds.update(disk=disk, compute=compute, whole=whole)
     return plan
-
-
-def _quantised(model: Model) -> int:
-    """Activations of a token that are rounded to fp8, in all blocks."""
-    config = model.config
-    width, inter = config.hidden_size, config.moe_intermediate_size
-    heads = config.num_attention_heads * config.v_head_dim
-    dense = min(config.first_k_dense_replace, model.layer + 1)
-    each = width + config.q_lora_rank + heads + width
-    expert = width + inter * (config.num_experts_per_tok + config.n_shared_experts)
-    mixtures = model.layer + 1 - dense
-    return (model.layer + 1) * each + dense * config.intermediate_size + mixtures * expert
 
 
 def _kinds(model: Model) -> list[tuple[list[TensorSpec], int]]:

@@ -97,6 +97,7 @@ class ScratchFolder:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._lock = _core.FolderLock(folder)
+        self._hidden: FileHidden | None = None
 
     def open(
         self, identity: str, rows: int, width: int, dtype: torch.dtype, start: int = 0
@@ -107,10 +108,13 @@ class ScratchFolder:
         Raises:
             OSError: no room on the disk.
         """
-        return FileHidden(self.folder, identity, rows, width, dtype, start)
+        self._hidden = FileHidden(self.folder, identity, rows, width, dtype, start)
+        return self._hidden
 
     def clear(self) -> None:
         """Removes the pass's files: its rows are safe elsewhere."""
+        if self._hidden is not None:
+            self._hidden.wait()  # or the state of its last block would come after this
         for name in (STATE, STATE + ".tmp", HIDDEN):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -232,11 +236,15 @@ class FileHidden:
         }
         write_bytes(self._state, json.dumps(state).encode())
 
+    def wait(self) -> None:
+        """Until all that was asked for is on the disk."""
+        while self._writing:
+            self._writing.popleft().result()
+
     def close(self) -> None:
         """See :class:`Hidden`."""
         try:
-            while self._writing:
-                self._writing.popleft().result()
+            self.wait()
         finally:
             self._writer.shutdown(cancel_futures=True)
             self._reader.shutdown(cancel_futures=True)

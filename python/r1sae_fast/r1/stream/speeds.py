@@ -1,7 +1,9 @@
-"""What this machine does, measured in a second or two: disk, products, dequantisation."""
+"""What this machine does, measured in short probes: disk, products, dequantisation."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,46 +12,30 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from r1sae_fast.r1.act_quant import fake_quantize_activations
-from r1sae_fast.r1.config import R1Config
 from r1sae_fast.r1.fp8 import FP8_DTYPE, dequantize_blocks, scale_shape
 
 _PIECE = 4 << 20
 _SECONDS = 0.2
+_COLD = 32 << 20  # more bytes than caches near the cores hold
 
 
 @dataclass(frozen=True)
 class Speeds:
     """Attributes:
     disk: bytes a second, weights read from where the checkpoint is.
-    flops: operations a second of dense products.
-    expert_flops: the same of an expert's, on as many rows as it gets of a micro-batch.
+    flops: operations a second of a block without its routed experts, all that stands between
+        its products included.
+    expert_flops: the same of an expert, on as many rows as it gets of a micro-batch.
     dequantize: weights a second from fp8 to the engine's dtype.
-    quantize: activations a second rounded to fp8 and back.
-    memory: bytes a second of running sums read and written; not measured.
+    memory: bytes a second of running sums read and written, what is done to a micro-batch for
+        each group of experts included.
     """
 
     disk: float
     flops: float
     expert_flops: float
     dequantize: float
-    quantize: float = 1e9
     memory: float = 4e9
-
-
-def measure(
-    directory: Path, config: R1Config, dtype: torch.dtype, device: torch.device, tokens: int
-) -> Speeds:
-    """Short probes with the shapes of this model; ``tokens`` of a micro-batch."""
-    width, inter = config.hidden_size, config.moe_intermediate_size
-    rows = max(tokens * config.num_experts_per_tok // config.n_routed_experts, 1)
-    return Speeds(
-        disk=disk_speed(directory),
-        flops=product_speed(min(tokens, 2048), width, min(width, 2048), dtype, device),
-        expert_flops=product_speed(min(rows, 2048), width, 2 * inter, dtype, device),
-        dequantize=dequantize_speed(2 * inter, width, dtype, device),
-        quantize=quantize_speed(min(tokens, 2048), width, dtype, device),
-    )
 
 
 def disk_speed(directory: Path) -> float:
@@ -79,31 +65,27 @@ def product_speed(
     """Operations a second of [rows, inputs] by [outputs, inputs] transposed."""
     x = torch.zeros(rows, inputs, dtype=dtype, device=device)
     weight = torch.zeros(outputs, inputs, dtype=dtype, device=device)
-    return 2.0 * rows * inputs * outputs * _rate(lambda: F.linear(x, weight), device)
+    return 2.0 * rows * inputs * outputs * rate_of(lambda: F.linear(x, weight), device)
 
 
 def dequantize_speed(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Weights a second."""
-    weight = torch.zeros(rows, columns, dtype=FP8_DTYPE, device=device)
+    """Weights a second, of weights that are in no cache."""
+    count = max(_COLD // (rows * columns), 1)
+    weights = torch.zeros(count, rows, columns, dtype=FP8_DTYPE, device=device)
     scales = torch.ones(scale_shape((rows, columns)), device=device)
-    return rows * columns * _rate(lambda: dequantize_blocks(weight, scales, dtype), device)
+    turns = itertools.cycle(weights)
+    rate = rate_of(lambda: dequantize_blocks(next(turns), scales, dtype), device)
+    return rows * columns * rate
 
 
-def quantize_speed(rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Activations a second."""
-    x = torch.ones(rows, channels, dtype=dtype, device=device)
-    return rows * channels * _rate(lambda: fake_quantize_activations(x), device)
-
-
-def _rate(call: Callable[[], object], device: torch.device) -> float:
-    """Calls a second, the best of the probe: others may be at work on the machine."""
-    best, spent = float("inf"), 0.0
+def rate_of(call: Callable[[], object], device: torch.device) -> float:
+    """Calls a second, by the median time of a fifth of a second, at least three calls."""
+    times: list[float] = []
     call()
-    while spent < _SECONDS:
+    while sum(times) < _SECONDS or len(times) < 3:
         begin = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        took = time.perf_counter() - begin
-        best, spent = min(best, took), spent + took
-    return 1 / max(best, 1e-9)
+        times.append(time.perf_counter() - begin)
+    return 1 / max(statistics.median(times), 1e-9)

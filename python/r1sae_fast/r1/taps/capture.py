@@ -15,6 +15,13 @@ from r1sae_fast.r1.taps.tap import Call, Tap
 from r1sae_fast.r1.taps.where import Forward, Index, Positions, Segments, make_where
 from r1sae_fast.sae import FastSAE, Mode
 
+_TOGETHER = 512
+_CACHE = 2 << 20
+
+
+def _rows(waiting: tuple[Tensor, Index]) -> int:
+    return waiting[0].shape[0]
+
 
 class Capture(Tap):
     """Copies the values at a point into a buffer on the engine's device, a row a token.
@@ -74,12 +81,13 @@ class Capture(Tap):
         self._given = out is not None
         self._rows = 0
         self._codes: list[SparseCodes] = []
+        self._waiting: list[tuple[Tensor, Index]] = []
         self._indices: list[Index] = []
 
     def start(self, call: Call) -> None:
         super().start(call)
         self._rows = 0
-        self._codes, self._indices = [], []
+        self._codes, self._waiting, self._indices = [], [], []
         if self.sae is not None:
             self._require_sae(self.sae, call)
             return
@@ -122,8 +130,16 @@ class Capture(Tap):
             if self.sae is None:
                 self._copy(value, index)
             else:
-                self._encode(self.sae, index.of(value), index)
+                self._waiting.append((index.of(value), index))
+                # Rows stand alone in all other modes; a step's few are encoded with the next ones'.
+                if self.mode == "batch_topk" or sum(map(_rows, self._waiting)) >= _TOGETHER:
+                    self.finish()
         return value
+
+    def finish(self) -> None:
+        if self.sae is not None and self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._encode(self.sae, waiting)
 
     def _copy(self, value: Tensor, index: Index) -> None:
         stop = self._rows + len(index)
@@ -136,21 +152,33 @@ class Capture(Tap):
             target.copy_(index.of(value))
         self._rows = stop
 
-    def _encode(self, sae: FastSAE, rows: Tensor, index: Index) -> None:
+    @torch.no_grad()
+    def _encode(self, sae: FastSAE, waiting: list[tuple[Tensor, Index]]) -> None:
         assert self.mode is not None
+        rows = torch.cat([rows for rows, _ in waiting]) if len(waiting) > 1 else waiting[0][0]
         try:
             with selecting(sae, self.mode):
-                self._codes.append(sae.encode_sparse(rows))
+                self._codes += map(sae.encode_sparse, torch.split(rows, self._at_once(sae, rows)))
         except NonFiniteError:
             bad = torch.isfinite(rows).all(1).logical_not().nonzero()
             if not len(bad):
                 raise  # the SAE's own weights
             row = int(bad[0])
+            position = self._column([index.position for _, index in waiting])[row]
+            sequence = self._column([index.sequence for _, index in waiting])[row]
             raise NonFiniteError(
-                f"{self}: the value holds a NaN or an infinity at position {index.position[row]} "
-                f"of sequence {index.sequence[row]}; the checkpoint is damaged, or its numbers "
+                f"{self}: the value holds a NaN or an infinity at position {position} "
+                f"of sequence {sequence}; the checkpoint is damaged, or its numbers "
                 "leave the range of this dtype: try float32"
             ) from None
+
+    def _at_once(self, sae: FastSAE, rows: Tensor) -> int:
+        """How many rows are encoded together: of a small SAE so many that their pre-activations
+        stay in a core's cache, as its weights do."""
+        small = sae.W_enc.nbytes <= _CACHE // 2 and rows.device.type == "cpu"
+        if self.mode == "batch_topk" or not small:
+            return max(rows.shape[0], 1)
+        return max(_CACHE // (sae.d_sae * rows.itemsize), _TOGETHER)
 
     # -- what was read ------------------------------------------------------------------------
 
@@ -176,6 +204,7 @@ class Capture(Tap):
         """
         if self.sae is None:
             raise ValueError(f"{self}: no SAE is attached; give sae=, or see .values")
+        self.finish()  # a call that was interrupted did not
         if not self._codes:
             return self.sae.encode_sparse(self.sae.W_dec.new_empty((0, self.sae.d_in)))
         if len(self._codes) > 1:

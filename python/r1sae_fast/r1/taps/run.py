@@ -77,6 +77,7 @@ class TapRun:
         segments: Sequence[list[int]] = (),
         trackers: Sequence[SegmentTracker] = (),
     ) -> None:
+        self._taps = taps
         self._device = call.device
         self._segments = segments
         self._trackers = trackers
@@ -96,6 +97,11 @@ class TapRun:
     def at(self, layer: int) -> BlockTaps | None:
         """The taps of a block, None where nothing is attached to it."""
         return self._blocks.get(layer)
+
+    def finish(self) -> None:
+        """The call is at its end."""
+        for tap in self._taps:
+            tap.finish()
 
     def begin(
         self,

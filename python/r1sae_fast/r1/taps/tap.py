@@ -57,6 +57,10 @@ class Tap(ABC):
         """Called in each forward, which engines run without gradients, with the value
         [batch, seq, hidden] at the point; returns what goes on in its place."""
 
+    def finish(self) -> None:
+        """Called at the end of each call that was not broken off."""
+        return
+
     def _require_sae(self, sae: FastSAE, call: Call) -> None:
         if sae.d_in != call.hidden_size:
             raise ValueError(
