@@ -24,6 +24,7 @@ from r1sae_fast.cli import (
     tiny_r1,
     train,
 )
+from r1sae_fast.cli import eval as evaluate
 from r1sae_fast.cli.guard import TRACEBACK, GuardedGroup
 
 COMMANDS = [
@@ -33,6 +34,7 @@ COMMANDS = [
     train,
     curves,
     calibrate,
+    evaluate,
     encode,
     examples,
     features,

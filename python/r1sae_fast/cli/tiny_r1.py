@@ -78,13 +78,14 @@ def evaluate(
 
     from r1sae_fast.tiny_r1.evaluate import evaluate as run
 
-    result = run(model, count=count, seed=seed, progress=_progress)
+    result = run(model, count=count, seed=seed, progress=show_progress)
     _show(result)
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _progress(done: int, total: int, what: str) -> None:
+def show_progress(done: int, total: int, what: str) -> None:
+    """A line on stderr that is written over, where that is a terminal."""
     import sys
 
     if sys.stderr.isatty():

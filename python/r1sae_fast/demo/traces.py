@@ -12,6 +12,7 @@ from pathlib import Path
 
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.r1 import LocalEngine
+from r1sae_fast.r1.engines.base import Engine
 from r1sae_fast.tiny_r1.evaluate import final_answer
 from r1sae_fast.tiny_r1.problems import Problem, distinct, problems
 from r1sae_fast.tiny_r1.traces import trace
@@ -116,7 +117,7 @@ def _append(path: Path, traces: list[OwnTrace]) -> None:
 
 
 def written(
-    engine: LocalEngine,
+    engine: Engine,
     *,
     held_out: bool,
     seed: int,

@@ -69,7 +69,7 @@ def _run(
 ) -> list[HarvestSequence]:
     """The batch's finished sequences."""
     if mode == "prefill":
-        return [_given(engine, item, first + place) for place, item in enumerate(batch)]
+        return [read_given(engine, item, first + place) for place, item in enumerate(batch)]
     for place, item in enumerate(batch):
         if _answer(item) is not None:
             raise ValueError(
@@ -99,7 +99,7 @@ def _answer(item: Item) -> str | None:
     return None
 
 
-def _given(engine: Engine, item: Item, number: int) -> HarvestSequence:
+def read_given(engine: Engine, item: Item, number: int) -> HarvestSequence:
     """A given text, conversation or token ids as a sequence."""
     try:
         tokens, segments = _encode_given(engine, item)

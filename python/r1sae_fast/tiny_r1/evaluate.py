@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.r1.chat import Tokenizer
+from r1sae_fast.r1.engines.generating import GeneratingEngine
 from r1sae_fast.r1.generate import Generation
 from r1sae_fast.tiny_r1.problems import Problem, distinct, problems
 from r1sae_fast.tiny_r1.traces import OPENING, trace
@@ -84,8 +85,14 @@ def auroc(positive: list[float], negative: list[float]) -> float:
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
-def _answers(problem: Problem, generation: Generation) -> bool:
+def is_right(problem: Problem, generation: Generation) -> bool:
+    """Whether the final answer that was written is the problem's."""
     return final_answer(generation.text.partition("</think>")[2]) == problem.answer
+
+
+def held_out_problems(count: int, seed: int) -> list[Problem]:
+    """``count`` problems that TinyR1 was not trained on, no two alike."""
+    return list(islice(distinct(problems(seed, held_out=True)), count))
 
 
 def cut_trace(problem: Problem, rng: random.Random, *, slip: bool) -> str:
@@ -105,14 +112,15 @@ def cut_trace(problem: Problem, rng: random.Random, *, slip: bool) -> str:
     raise AssertionError("a trace has three results a step")
 
 
-def _complete(
-    engine: LocalEngine,
-    chosen: list[Problem],
-    prefixes: list[str],
+def complete(
+    engine: GeneratingEngine,
+    chosen: Sequence[Problem],
+    prefixes: Sequence[str],
     progress: Callable[[int, int, str], None],
     what: str,
 ) -> list[Generation]:
-    """Goes on greedily from each problem's prompt and the beginning of its trace."""
+    """Goes on greedily from each problem's prompt and the beginning of its trace (which may be
+    empty); ``progress`` is called with (done, total, what)."""
     starts = [
         engine.encode_prompt(problem.prompt, prefill=prefix)
         for problem, prefix in zip(chosen, prefixes, strict=True)
@@ -182,12 +190,12 @@ def evaluate(
         progress: called with (done, total, what).
     """
     engine = LocalEngine.from_pretrained(model)
-    chosen = list(islice(distinct(problems(seed, held_out=True)), count))
-    answers = _complete(engine, chosen, [""] * count, progress, "solving")
+    chosen = held_out_problems(count, seed)
+    answers = complete(engine, chosen, [""] * count, progress, "solving")
     right: dict[str, list[bool]] = defaultdict(list)
     formed = 0
     for problem, answer in zip(chosen, answers, strict=True):
-        right[problem.family].append(_answers(problem, answer))
+        right[problem.family].append(is_right(problem, answer))
         formed += is_well_formed(answer.text, answer.finish_reason)
     waits: dict[bool, list[float]] = {}
     repaired = 0
@@ -197,10 +205,10 @@ def evaluate(
             for index, problem in enumerate(chosen)
         ]
         what = "going on after a wrong step" if slip else "going on after a right step"
-        written = _complete(engine, chosen, prefixes, progress, what)
+        written = complete(engine, chosen, prefixes, progress, what)
         waits[slip] = _wait_probability(engine, written, 0.0 if slip else 1.0, progress)
         if slip:
-            repaired = sum(map(_answers, chosen, written))
+            repaired = sum(map(is_right, chosen, written))
     return Evaluation(
         model=model,
         problems=count,
