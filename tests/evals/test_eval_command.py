@@ -38,7 +38,7 @@ def saved(folder: Path, d_in: int = 256, k: int = 8) -> Path:
 @pytest.fixture
 def shards(write_rows: Callable[..., ActivationShards]) -> Path:
     # As large as TinyR1's residuals are, so that none of these is an outlier.
-    rows = 40 * torch.randn(120, 256, generator=torch.Generator().manual_seed(0))
+    rows = 70 * torch.randn(120, 256, generator=torch.Generator().manual_seed(0))
     return Path(write_rows(rows, torch.arange(120) % 3).folder)
 
 

@@ -207,9 +207,10 @@ def test_sums_do_not_depend_on_batches(
     places = torch.randint(0, len(SEGMENTS), (rows,), generator=generator)
     sums = Sums(d_in, d_sae, torch.device("cpu"))
     edges = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
-    for start, stop in itertools.pairwise(edges):
-        sums.add(x[start:stop], *sae(x[start:stop]), places[start:stop])
     reconstruction, codes = sae(x)
+    for start, stop in itertools.pairwise(edges):
+        part = slice(start, stop)
+        sums.add(x[part], reconstruction[part], codes[part], places[part])
     dense = codes.to_dense()
     for segment in (None, *range(len(SEGMENTS))):
         chosen = slice(None) if segment is None else places == segment

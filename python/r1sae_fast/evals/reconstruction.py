@@ -123,7 +123,7 @@ def find_norm_limit(sae: FastSAE, shards: ActivationShards | None) -> float:
     if shards is None or len(shards) == 0:
         return math.inf
     rows = max(1, min(len(shards), _SAMPLE_ROWS, _SAMPLE_NUMBERS // shards.d_in))
-    finite, norms = norms_of(next(iter(shards.loader(rows, shuffle=True, seed=0))).activations)
+    finite, norms = norms_of(next(iter(shards.loader(rows, shuffle=True, prefetch=0))).activations)
     return float(norms[finite].median()) * OUTLIER_FACTOR if bool(finite.any()) else math.inf
 
 

@@ -3,13 +3,12 @@
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.config_file import TrainFile, read_train_file
 from r1sae_fast.train.curves import draw_curves
-from r1sae_fast.train.evaluate import Evaluation, evaluate
+from r1sae_fast.train.evaluate import evaluate
 from r1sae_fast.train.geometric_median import geometric_median
 from r1sae_fast.train.metrics import Metrics
 from r1sae_fast.train.trainer import train
 
 __all__ = [
-    "Evaluation",
     "Metrics",
     "TrainConfig",
     "TrainFile",
