@@ -24,15 +24,18 @@ steady state, in which samples are full and few heaps change."""
 
 
 def write_codes(folder: Path, shape: Shape, rows: int) -> None:
-    """Frequent and rare features, strengths of a long tail; a chunk's features are rotated to make
-    the next one's."""
+    """Frequent and rare features, strengths of a long tail above a threshold, as the k largest of a
+    trained SAE's are; a chunk's features are rotated to make the next one's."""
     generator = torch.Generator().manual_seed(0)
     k, d_sae = shape.k, shape.d_sae
     rank = torch.rand(CHUNK, k, generator=generator).pow(2) * (d_sae // k)
-    features = (rank.long() * k + torch.arange(k)).reshape(-1)
-    # Steps between a row's values, the larger ones first: no ties, however they are scaled.
-    steps = torch.empty(CHUNK, k).exponential_(2.0 * k, generator=generator) + 1e-3
-    values = steps.sort(dim=1).values.cumsum(dim=1).flip(1).contiguous()
+    # Each of k groups of features gives one; which of them is how strong differs from row to row.
+    groups = torch.rand(CHUNK, k, generator=generator).argsort(dim=1)
+    features = (rank.long() * k + groups).reshape(-1)
+    # Sorted exponentials by way of the steps between them, the larger ones first: no ties, however
+    # they are scaled.
+    steps = torch.empty(CHUNK, k).exponential_(1.0, generator=generator) / torch.arange(k, 0, -1)
+    values = (0.3 + (steps + 1e-4).cumsum(dim=1)).flip(1).contiguous()
     offsets = torch.arange(0, CHUNK * k + 1, k)
     with CodeWriter(folder, d_sae, rows_per_shard=1 << 18) as writer:
         for number in range(-(-rows // CHUNK)):
@@ -45,7 +48,7 @@ def write_codes(folder: Path, shape: Shape, rows: int) -> None:
 
 def prepare(folder: Path, shape: Shape, rows: int) -> Path:
     """The folder of the shards, written unless they are there."""
-    codes = folder / f"codes-{rows}-{shape.d_sae}-{shape.k}"
+    codes = folder / f"codes-v2-{rows}-{shape.d_sae}-{shape.k}"
     if not codes.exists():
         write_codes(codes, shape, rows)
     return codes

@@ -41,13 +41,14 @@ def sample(shards: ActivationShards, seed: int) -> Tensor:
     return checked(batch)[0]
 
 
-def checked(batch: ActivationBatch) -> tuple[Tensor, Tensor]:
-    """The activations as float32 ``[n, d_in]`` and their norms ``[n]``.
+def checked(batch: ActivationBatch, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """The activations as float32 ``[n, d_in]`` and their norms ``[n]``, on ``device`` (as they are
+    stored they cross to it: half the bytes, and from page-locked memory without a wait).
 
     Raises:
         NonFiniteError: names the sequence and position of a NaN or infinite row.
     """
-    rows = batch.activations.float()
+    rows = batch.activations.to(device, non_blocking=True).float()
     norms = rows.norm(dim=1)
     finite = norms.isfinite()
     if not bool(finite.all()):
@@ -94,10 +95,9 @@ class Standardisation:
 
     def apply(self, batch: ActivationBatch, device: torch.device) -> tuple[Tensor, int]:
         """The rows to train on, standardised, float32 ``[n, d_in]``; and how many were left out."""
-        rows, norms = checked(batch)
+        rows, norms = checked(batch, device)
         keep = norms <= self.norm_limit
         left_out = int(keep.numel() - keep.sum())
         if left_out:
             rows = rows[keep]
-        rows = rows.to(device, non_blocking=True)
         return (rows - self.centre.to(device)).mul_(self.scale), left_out
