@@ -118,7 +118,18 @@ class Learner:
                 untouched="decay" if config.adam == "dense" else "freeze",
                 unit_rows=name == "decoder",
             )
+            before = parameter.clone() if name == "b_enc" else None
             update(parameter, self.adam_state[name], settings)
+            if before is not None:
+                moved = parameter != before
+        self.screen.refresh(self._moved_features(moved))
+
+    def _moved_features(self, biases_moved: Tensor) -> Tensor | None:
+        """Features whose weights or biases the last update may have changed; None for any."""
+        asleep = self.adam_state["encoder"].get("asleep")
+        if asleep is None or self.config.adam != "dense":
+            return None
+        return ((asleep == 0) | biases_moved).nonzero().flatten()
 
     def _make_torch_adam(self) -> torch.optim.Optimizer:
         rate, betas = self.config.peak_learning_rate, (self.config.beta1, self.config.beta2)

@@ -5,8 +5,8 @@
 //!
 //! A row without codes moves on by its decaying momentum, until no number of it moves any more
 //! (some 200 steps; long before its mean turns into denormal numbers, which are slow). From then
-//! on it sleeps: nothing of it is read or written, and when it has codes again, its moments are
-//! first multiplied by what they missed. That is `torch.optim.Adam` to rounding.
+//! on it sleeps (a row that never had a code does from the start): nothing of it is read or
+//! written, and when it has codes again, its moments are first multiplied by what they missed. That is `torch.optim.Adam` to rounding.
 
 use std::ops::Range;
 
@@ -145,15 +145,17 @@ pub fn update(
             )));
         }
     }
-    let in_past = |last: &i64| u64::try_from(*last).is_ok_and(|last| last < step.number);
-    if let Some(last) = asleep.iter().find(|last| !in_past(last)) {
+    check_sources(sources, d_sae, d_in)?;
+    let selection = Selection::new(features, d_sae)?;
+    // Of the chosen rows only: others may have fallen asleep in this very step.
+    let in_past = |last: i64| u64::try_from(last).is_ok_and(|last| last < step.number);
+    let mut chosen = (0..selection.len()).map(|at| asleep[selection.feature(at)]);
+    if let Some(last) = chosen.find(|last| !in_past(*last)) {
         return Err(Error::InvalidArgument(format!(
             "a row sleeps since step {last}; this is step {}",
             step.number
         )));
     }
-    check_sources(sources, d_sae, d_in)?;
-    let selection = Selection::new(features, d_sae)?;
 
     let cost = |at| {
         let feature = selection.feature(at);
@@ -233,6 +235,18 @@ impl Part<'_> {
             let asleep = &mut self.asleep[feature - self.first];
             let gradient = row.of(feature)?;
             if gradient.is_none() && (step.idle == Idle::Freeze || (*asleep != 0 && !step.wake)) {
+                continue;
+            }
+            if gradient.is_none() && m.iter().all(|mean| *mean == 0.0) {
+                // Never had a code, or long ago: without a mean nothing moves, whatever the step.
+                if *asleep == 0 {
+                    // Its mean square hasn't heard of this step (of the first, there is none).
+                    *asleep = (step.number as i64 - 1).max(1);
+                    if step.unit_rows {
+                        let squared_norm = simd.dot(w, &*w);
+                        kernel::multiply(simd, w, 1.0 / squared_norm.sqrt().max(1e-12));
+                    }
+                }
                 continue;
             }
             if *asleep != 0 {

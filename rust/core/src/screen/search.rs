@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::candidates::{Cut, List, Pool, Wanted};
 use super::certificate::RowBound;
 use super::dither::Dither;
-use super::kernel::{Block, Kernel, Tiles};
+use super::kernel::{Block, Kernel, Tiles, FETCHED};
 use super::layout::{PANEL, TILE};
 use super::rows::{Rounder, Rows};
 use super::scan::{add_passing, PanelBounds};
@@ -184,22 +184,35 @@ impl Search<'_> {
                     let x = Tiles {
                         bytes: x,
                         stride: row_steps * TILE,
+                        ahead: &[],
+                    };
+                    let next = match start + round < steps {
+                        true => panel * 2 * steps + start + round,
+                        false => (panel + 1) * 2 * steps,
+                    };
+                    let w = Tiles {
+                        bytes: w,
+                        stride,
+                        ahead: share_of_next(&tiles[(next * TILE).min(tiles.len())..], steps, at),
                     };
                     let left = (bounds.len() - at * PANEL).min(PANEL);
-                    session.multiply(
-                        x,
-                        left,
-                        Tiles { bytes: w, stride },
-                        count,
-                        block,
-                        start == 0,
-                    );
+                    session.multiply(x, left, w, count, block, start == 0);
                 }
             }
             scan.panel(panel, &blocks, &mut lists);
         }
         Ok(lists)
     }
+}
+
+/// What the block `at` has fetched of the next round's weights, which begin `tiles`: two tiles' worth of
+/// [`STEPS`] steps, `steps` steps apart. All at once they would keep rows from coming out of the
+/// second-level cache; so each block takes a share, and eight blocks all of it.
+fn share_of_next(tiles: &[u8], steps: usize, at: usize) -> &[u8] {
+    let shares = TILE / FETCHED;
+    let start = (at / shares * steps * TILE) + at % shares * STEPS * FETCHED;
+    let wanted = at < 2 * shares;
+    tiles.get(start..).filter(|_| wanted).unwrap_or_default()
 }
 
 /// One thread's part of the scan.

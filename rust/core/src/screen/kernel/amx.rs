@@ -7,7 +7,7 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::{Block, Tiles};
+use super::{Block, Tiles, FETCHED};
 use crate::screen::layout::{PANEL, TILE, TILE_ROWS};
 
 /// Whether the CPU has AMX's 8-bit products and the system lets this process use them.
@@ -87,14 +87,12 @@ pub(super) unsafe fn multiply(
     block: &mut Block,
     fresh: bool,
 ) {
-    let (x, x_stride) = (x.bytes.as_ptr(), x.stride);
-    let (w, w_stride) = (w.bytes.as_ptr(), w.stride);
     // SAFETY: as the caller says.
     unsafe {
         if row_tiles == 2 {
-            four(x, x_stride, w, w_stride, steps, block, fresh);
+            four(x, w, steps, block, fresh);
         } else {
-            two(x, w, w_stride, steps, block, fresh);
+            two(x, w, steps, block, fresh);
         }
     }
 }
@@ -106,15 +104,9 @@ const ROW: usize = PANEL * 4;
 ///
 /// # Safety
 /// As for [`multiply`].
-unsafe fn four(
-    x: *const u8,
-    x_stride: usize,
-    w: *const u8,
-    w_stride: usize,
-    steps: usize,
-    block: &mut Block,
-    fresh: bool,
-) {
+unsafe fn four(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
+    let (x, x_stride) = (x.bytes.as_ptr(), x.stride);
+    let (w, w_stride, ahead) = (w.bytes.as_ptr(), w.stride, w.ahead.as_ptr());
     let at = block.as_mut_ptr().cast::<u8>();
     // SAFETY: a block holds four tiles: rows of 128 bytes, of which a tile takes 64; the tiles that are
     // read are readable, as the caller says. What is fetched ahead may lie beyond: that never faults.
@@ -137,6 +129,7 @@ unsafe fn four(
         if steps > 0 {
             asm!(
                 "2:",
+                "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
                 "tileloadd tmm4, [{x0} + {line}]",
                 "prefetcht0 [{x0} + 1024]", "prefetcht0 [{x0} + 1088]", "prefetcht0 [{x0} + 1152]", "prefetcht0 [{x0} + 1216]",
                 "tileloadd tmm6, [{w0} + {line}]",
@@ -154,11 +147,13 @@ unsafe fn four(
                 "tdpbsud tmm3, tmm5, tmm7",
                 "prefetcht0 [{x1} + 1792]", "prefetcht0 [{x1} + 1856]", "prefetcht0 [{x1} + 1920]", "prefetcht0 [{x1} + 1984]",
                 "add {x0}, {tile}", "add {x1}, {tile}", "add {w0}, {tile}", "add {w1}, {tile}",
+                "add {ahead}, {fetched}",
                 "dec {steps}",
                 "jnz 2b",
                 x0 = inout(reg) x => _, x1 = inout(reg) x.add(x_stride) => _,
                 w0 = inout(reg) w => _, w1 = inout(reg) w.add(w_stride) => _,
-                steps = inout(reg) steps => _, line = in(reg) 64_usize, tile = const TILE,
+                steps = inout(reg) steps => _, ahead = inout(reg) ahead => _, line = in(reg) 64_usize, tile = const TILE,
+                fetched = const FETCHED,
                 options(nostack, readonly));
         }
         asm!(
@@ -173,14 +168,8 @@ unsafe fn four(
 ///
 /// # Safety
 /// As for [`multiply`].
-unsafe fn two(
-    x: *const u8,
-    w: *const u8,
-    w_stride: usize,
-    steps: usize,
-    block: &mut Block,
-    fresh: bool,
-) {
+unsafe fn two(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
+    let (x, w, w_stride) = (x.bytes.as_ptr(), w.bytes.as_ptr(), w.stride);
     let at = block.as_mut_ptr().cast::<u8>();
     // SAFETY: as in `four`; the upper half of a block is two tiles.
     unsafe {

@@ -133,7 +133,12 @@ pub(super) struct Tiles<'a> {
     pub bytes: &'a [u8],
     /// Bytes from a tile to the tile of the next 16 rows or features.
     pub stride: usize,
+    /// What is to be read soon after these: kernels may have [`FETCHED`] bytes of it fetched each step.
+    pub ahead: &'a [u8],
 }
+
+/// See [`Tiles::ahead`].
+pub(super) const FETCHED: usize = 256;
 
 impl Session {
     /// `block[r][f] (+)= sum of x[r] * w[f]` over `steps` steps, for 32 features and the first `rows`
@@ -207,6 +212,7 @@ mod tests {
                 let tiles = |bytes| Tiles {
                     bytes,
                     stride: steps * TILE,
+                    ahead: &[],
                 };
                 for rows in [1, 2, 3, 7, 8, 13, 16, 17, 29, 32] {
                     let mut block = [7; PANEL * PANEL];
