@@ -134,6 +134,7 @@ pub(super) struct Tiles<'a> {
     /// Bytes from a tile to the tile of the next 16 rows or features.
     pub stride: usize,
     /// What is to be read soon after these: kernels may have [`FETCHED`] bytes of it fetched each step.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only a hint
     pub ahead: &'a [u8],
 }
 
