@@ -12,6 +12,7 @@ from torch import Tensor
 
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.ops._openmp import release_threads
 
 RawCodes = tuple[Tensor, Tensor, Tensor]
 """values, indices, row_offsets: what a custom operation can return."""
@@ -46,8 +47,9 @@ def raw_from_rust(raw: tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int64]]
     return from_rust(values), from_rust(indices), from_rust(row_offsets)
 
 
-def threads() -> int:
-    """Rust uses as many threads as torch would."""
+def threads(numbers: int = 0) -> int:
+    """Rust uses as many threads as torch would; ``numbers``: how many it is about to read."""
+    release_threads(numbers)
     return torch.get_num_threads()
 
 

@@ -55,7 +55,8 @@ def batch_topk_reference(pre_activations: Tensor, k: int, check_finite: bool = T
 def _cpu(pre_activations: Tensor, k: int, check_finite: bool) -> RawCodes:
     if not _common.in_rust(pre_activations):
         return batch_topk_reference(pre_activations, k, check_finite)
-    raw = _core.batch_topk(_common.to_rust(pre_activations), k, check_finite, _common.threads())
+    threads = _common.threads(pre_activations.numel())
+    raw = _core.batch_topk(_common.to_rust(pre_activations), k, check_finite, threads)
     return _common.raw_from_rust(raw)
 
 

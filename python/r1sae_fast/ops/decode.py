@@ -78,7 +78,7 @@ def _decode_cpu(
         _common.to_rust(row_offsets),
         _common.to_rust(W_dec),
         None if b_dec is None else _common.to_rust(b_dec),
-        _common.threads(),
+        _common.threads(values.numel() * W_dec.shape[1]),
     )
     return _common.from_rust(output).reshape(row_offsets.shape[0] - 1, W_dec.shape[1])
 

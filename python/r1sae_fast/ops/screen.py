@@ -218,12 +218,13 @@ class Screen:
         W, b = _common.to_rust(self._W), _common.to_rust(self._b)
         core = self._core
         if core is None:
-            core = _core.Screen(W, b, self._kernel_name(), _SEED, _common.threads())
+            threads = _common.threads(W.size)
+            core = _core.Screen(W, b, self._kernel_name(), _SEED, threads)
             self._core = core
         else:
             numbers = None if rows is None else rows.detach().cpu().to(torch.int64).contiguous()
             numpy = None if numbers is None else numbers.reshape(-1).numpy()
-            core.refresh(W, b, numpy, _common.threads())
+            core.refresh(W, b, numpy, _common.threads(W.size))
         self._copied = self._seen = state
         return core
 
@@ -310,7 +311,7 @@ class Screen:
             rule,
             bounds if isinstance(choice, Tensor) else choice,
             check_finite,
-            _common.threads(),
+            _common.threads(self._W.numel()),
         )
         return SparseCodes(*_common.raw_from_rust(raw), self._W.shape[0], tuple(x.shape[:-1]))
 

@@ -37,7 +37,10 @@ def gradient_of_values(lists: _core.FeatureLists, gradient: Tensor, W_dec: Tenso
     """
     return _common.from_rust(
         _core.gradient_of_values_by_feature(
-            _common.to_rust(gradient), lists, _common.to_rust(W_dec), _common.threads()
+            _common.to_rust(gradient),
+            lists,
+            _common.to_rust(W_dec),
+            _common.threads(lists.nnz * W_dec.shape[1]),
         )
     )
 

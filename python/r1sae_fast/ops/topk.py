@@ -50,7 +50,8 @@ def topk_reference(pre_activations: Tensor, k: int, check_finite: bool = True) -
 def _cpu(pre_activations: Tensor, k: int, check_finite: bool) -> RawCodes:
     if not _common.in_rust(pre_activations):
         return topk_reference(pre_activations, k, check_finite)
-    raw = _core.topk(_common.to_rust(pre_activations), k, check_finite, _common.threads())
+    threads = _common.threads(pre_activations.numel())
+    raw = _core.topk(_common.to_rust(pre_activations), k, check_finite, threads)
     return _common.raw_from_rust(raw)
 
 

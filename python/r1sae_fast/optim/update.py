@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1sae_fast import _core
+from r1sae_fast.ops._common import threads
 from r1sae_fast.optim.factored import (
     FactoredGradient,
     RustSource,
@@ -113,7 +114,7 @@ def _fused_step(
             unit_rows=settings.unit_rows,
             freeze_idle=settings.untouched == "freeze",
             wake=wake,
-            threads=torch.get_num_threads(),
+            threads=threads(w.size),
         )
 
     others = None
