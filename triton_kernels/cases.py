@@ -206,6 +206,7 @@ def _encode_cases() -> Iterator[Case]:
 def _collect_cases() -> Iterator[Case]:
     from r1sae_fast.triton_kernels.collect import _pass
     from r1sae_fast.triton_kernels.encode_gemm import chunk_buffers
+    from r1sae_fast.triton_kernels.encode_topk_large import row_kth_values
     from r1sae_fast.triton_kernels.kth_value import kth_value
 
     for dtype in (torch.bfloat16, torch.float32):
@@ -213,14 +214,22 @@ def _collect_cases() -> Iterator[Case]:
         yield Case("kth_value", short, partial(kth_value, meta(ROWS * 896, dtype=dtype), ROWS * K))
         # The launcher waits for a count in between; these are its two launches.
         chunk = chunk_buffers(meta(ROWS, D_IN, dtype=dtype), ROWS, D_SAE)
+        yield Case("row_kth", short, partial(row_kth_values, chunk, 1024, D_IN // 2))
         counts, offsets = meta(1024, dtype=torch.int32), meta(1025, dtype=torch.int64)
-        one, each, groups = (meta(n, dtype=torch.float32) for n in (1, D_SAE, D_SAE // 32))
+        one, rows, each, groups = (
+            meta(n, dtype=torch.float32) for n in (1, 1024, D_SAE, D_SAE // 32)
+        )
         values, indices = meta(ROWS * K, dtype=dtype), meta(ROWS * K, dtype=torch.int32)
-        for name, bounds in {"one bound": (one, None), "a bound a feature": (each, groups)}.items():
-            strict = name != "one bound"
+        kinds = {
+            "one bound": (one, None),
+            "a bound a row": (rows, None),
+            "a bound a feature": (each, groups),
+        }
+        for name, bounds in kinds.items():
+            strict = name == "a bound a feature"
             for out in ((None, None), (values, indices)):
                 given = (chunk, 1024, bounds[0], bounds[1], counts, offsets, out[0], out[1])
-                call = partial(_pass, *given, strict, False)
+                call = partial(_pass, *given, strict, name == "a bound a row")
                 yield Case(
                     "collect", f"{short}, {name}, {'count' if out[0] is None else 'write'}", call
                 )
@@ -236,15 +245,16 @@ def _screen_cases() -> Iterator[Case]:
     yield Case("int8_screen", "weights", partial(screen.screened_weights, weight, bias))
     groups = D_SAE // screen.GROUP
     upper = Chunk(meta(1024, D_SAE, dtype=f32), meta(1024, groups, dtype=f32), weight, screen.GROUP)
-    room = screen._Bounds(upper, meta(1024, groups, dtype=f32))
+    lower = meta(1024, groups, dtype=f32)
     x = meta(1024, D_IN, dtype=f32)
 
     def bound() -> None:
-        screen._bound(x, screen.screened_weights(weight, bias), 1024, 1, room)
+        screen.bound_chunk(x, screen.screened_weights(weight, bias), 1, upper, lower)
 
     cores = {"sm_80": ("IMMA",), "sm_90": ("IGMMA",), "sm_100": ("UTCMMA",), "gfx942": ("MFMA",)}
     yield Case("int8_screen", "bounds", bound, cores, "int8_gemm_kernel")
-    _, indices, offsets = codes(f32, 1024, 6 * K)
+    yield Case("int8_screen", "bound a row", partial(screen.row_bounds, lower, K))
+    _, indices, offsets = codes(f32, 1024, 4 * K)
     exact = partial(gradient_of_values, x, indices, offsets, weight, wide=True)
     yield Case("int8_screen", "exact products", exact, {"all": ("LDG.128",)})
 

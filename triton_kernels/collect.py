@@ -15,7 +15,7 @@ from r1sae_fast.triton_kernels.configs import config
 from r1sae_fast.triton_kernels.encode_gemm import Chunk
 from r1sae_fast.triton_kernels.launch import launch
 
-__all__ = ["collect"]
+__all__ = ["collect", "group_bounds_of"]
 
 
 @triton.jit
@@ -77,6 +77,18 @@ def collect_kernel(
             found += tl.sum(flat, axis=0)
     if not WRITE:
         tl.store(counts + row, found)
+
+
+def group_bounds_of(threshold: Tensor, d_sae: int, group: int) -> tuple[Tensor, Tensor | None]:
+    """``threshold [1]`` or ``[d_sae]`` in float32, and each group's least; None for one threshold.
+
+    NaN, which nothing exceeds, becomes infinity.
+    """
+    bounds = threshold.float().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if bounds.shape[0] == 1 and d_sae > 1:
+        return bounds, None
+    padded = torch.nn.functional.pad(bounds.expand(d_sae), (0, -d_sae % group), value=torch.inf)
+    return bounds.contiguous(), padded.view(-1, group).amin(1)
 
 
 def collect(

@@ -189,6 +189,12 @@ _TABLE: dict[str, dict[str, Config]] = {
         ),
         INTERPRETER: Config({"BLOCK": 32, "REPEAT": 2}),
     },
+    "row_kth": {
+        "default": Config(
+            {"BLOCK": 2048}, num_warps=4, reason="as kth_value; a row in 14 blocks, read four times"
+        ),
+        INTERPRETER: Config({"BLOCK": 64}),
+    },
     "collect": {
         "default": Config(
             {"BLOCK": 32},

@@ -15,7 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from r1sae_fast.triton_kernels.configs import config
-from r1sae_fast.triton_kernels.encode_topk import MOST_K, PaddedCodes, encode_topk
+from r1sae_fast.triton_kernels.encode_topk import (
+    MOST_K,
+    PaddedCodes,
+    encode_topk,
+    padded_codes,
+)
 from r1sae_fast.triton_kernels.launch import launch
 from r1sae_fast.triton_kernels.order_key import key_of, place_of, value_of
 from r1sae_fast.triton_kernels.traffic import Traffic
@@ -171,12 +176,7 @@ def encode_append(
     )
     if _overflowed(lengths, capacity):
         return encode_topk(x, W_enc, b_enc, k), True
-    out = PaddedCodes(
-        x.new_empty(rows, k),
-        x.new_empty(rows, k, dtype=torch.int32),
-        x.new_empty(rows, dtype=torch.int32),
-        x.new_zeros(1, dtype=torch.int32),
-    )
+    out = padded_codes(x, k)
     launch(
         select_listed_kernel,
         (rows,),

@@ -21,7 +21,7 @@ from r1sae_fast.triton_kernels.encode_gemm import (
 from r1sae_fast.triton_kernels.kth_value import kth_value, kth_value_traffic
 from r1sae_fast.triton_kernels.traffic import Traffic
 
-__all__ = ["by_row_and_value", "encode_batch_topk", "encode_batch_topk_traffic"]
+__all__ = ["by_row_and_value", "encode_batch_topk", "encode_batch_topk_traffic", "largest"]
 
 Codes = tuple[Tensor, Tensor, Tensor]
 
@@ -64,12 +64,12 @@ def encode_batch_topk(
         indices = torch.cat([indices, found[1]])
         owners = torch.cat([owners, rows_found])
         if values.shape[0] > wanted:
-            kept = _largest(values, wanted)
+            kept = largest(values, wanted)
             values, indices, owners = values[kept], indices[kept], owners[kept]
     return by_row_and_value(values, indices, owners, rows), chunk.bad_row
 
 
-def _largest(values: Tensor, wanted: int) -> Tensor:
+def largest(values: Tensor, wanted: int) -> Tensor:
     """Which are the ``wanted`` largest, ties to the first."""
     least = kth_value(values, wanted)
     numbers = values.float()

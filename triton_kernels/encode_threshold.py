@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from r1sae_fast.triton_kernels.collect import collect
+from r1sae_fast.triton_kernels.collect import collect, group_bounds_of
 from r1sae_fast.triton_kernels.encode_batch_topk import Codes, by_row_and_value
 from r1sae_fast.triton_kernels.encode_gemm import (
     CHUNK,
@@ -37,14 +37,8 @@ def encode_threshold(
     """
     rows, d_sae = x.shape[0], W_enc.shape[1]
     x = x.contiguous()
-    bounds = threshold.float().contiguous()
     chunk = chunk_buffers(x, rows, d_sae)
-    group_bounds = None
-    if bounds.shape[0] > 1 or d_sae == 1:
-        groups = chunk.maxima.shape[1]
-        padding = groups * chunk.group - d_sae
-        padded = torch.nn.functional.pad(bounds.expand(d_sae), (0, padding), value=torch.inf)
-        group_bounds = padded.view(groups, chunk.group).amin(1)
+    bounds, group_bounds = group_bounds_of(threshold, d_sae, chunk.group)
     values, indices, owners = [], [], []
     for first in range(0, rows, CHUNK):
         count = min(CHUNK, rows - first)

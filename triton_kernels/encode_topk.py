@@ -30,6 +30,8 @@ __all__ = [
     "encode_topk",
     "encode_topk_traffic",
     "group_for",
+    "padded_codes",
+    "select_topk",
     "select_topk_traffic",
 ]
 
@@ -145,6 +147,24 @@ class PaddedCodes:
         return self.values[kept], self.indices[kept], offsets
 
 
+def padded_codes(x: Tensor, k: int, bad_row: Tensor | None = None) -> PaddedCodes:
+    """Room for k codes of each row of ``x``."""
+    rows = x.shape[0]
+    return PaddedCodes(
+        x.new_empty(rows, k),
+        x.new_empty(rows, k, dtype=torch.int32),
+        x.new_empty(rows, dtype=torch.int32),
+        x.new_zeros(1, dtype=torch.int32) if bad_row is None else bad_row,
+    )
+
+
+def select_topk(chunk: Chunk, out: PaddedCodes, rows: int, k: int) -> None:
+    """Writes the k largest of each of a chunk's first ``rows`` rows to ``out``; k at most 512, and
+    at most 128 in groups of 32."""
+    keys = chunk.scratch.new_empty(rows, k, dtype=torch.int64)
+    _select(chunk, out, keys, 0, rows, k)
+
+
 def group_for(k: int) -> int:
     """Features a group: fewer where many groups are chosen, to bound a program's candidates."""
     return 32 if k <= 128 else 16
@@ -182,12 +202,7 @@ def encode_topk(
     if chunk is None:
         chunk = chunk_buffers(x, rows, d_sae, group_for(k))
     if out is None:
-        out = PaddedCodes(
-            x.new_empty(rows, k),
-            x.new_empty(rows, k, dtype=torch.int32),
-            x.new_empty(rows, dtype=torch.int32),
-            chunk.bad_row,
-        )
+        out = padded_codes(x, k, chunk.bad_row)
     if k == 0:
         out.counts.zero_()
     if keys is None:

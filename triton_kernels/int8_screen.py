@@ -1,11 +1,11 @@
-"""Exact float32 codes at the speed of int8 tensor cores: bound every pre-activation, compute few.
+"""Certified bounds of float32 pre-activations at the speed of int8 tensor cores.
 
 x and W are rounded to 8 bits stochastically. The errors are then independent, of mean zero and two
 values a step apart each, and Hoeffding's inequality bounds their sums: with c = sqrt(ln(4 / delta)
 / 2) and delta = 1e-24 a product, |approximation - exact| <= c (s_x |w| + s_w |s_x q|) fails less
 often than memory does. Dimensions with outliers (R1's residual has a few) take no part: they are
-added in float32. What the bounds can't exclude is computed in float64 and rounded once; a value
-outside its bound is seen there, and the rows are then computed without screening.
+added in float32. What the bounds can't exclude, :mod:`r1sae_fast.triton_kernels.int8_encode`
+computes exactly.
 
 The CPU's twin, with the proof in full: ``rust/core/src/screen``. It pays where float32 products are
 slow beside int8 (H100: 67 TFLOP/s against 1,979), not for bf16 weights.
@@ -20,16 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from r1sae_fast.triton_kernels.collect import collect
 from r1sae_fast.triton_kernels.configs import config
-from r1sae_fast.triton_kernels.encode_batch_topk import Codes, by_row_and_value
 from r1sae_fast.triton_kernels.encode_gemm import CHUNK, Chunk
 from r1sae_fast.triton_kernels.encode_topk import kth_largest
 from r1sae_fast.triton_kernels.launch import launch
-from r1sae_fast.triton_kernels.sparse_grad import gradient_of_values, gradient_of_values_traffic
+from r1sae_fast.triton_kernels.sparse_grad import gradient_of_values_traffic
 from r1sae_fast.triton_kernels.traffic import Traffic
 
-__all__ = ["ScreenedWeights", "int8_screen_topk", "int8_screen_traffic", "screened_weights"]
+__all__ = [
+    "GROUP",
+    "ScreenedWeights",
+    "bound_chunk",
+    "can_bound",
+    "int8_screen_traffic",
+    "row_bounds",
+    "screened_weights",
+]
 
 OUTLIERS = 16
 CERTAINTY = 5.33
@@ -192,7 +198,7 @@ class ScreenedWeights:
 
 
 def screened_weights(
-    W_features: Tensor, b_enc: Tensor | None = None, seed: int = 0
+    W_features: Tensor, b_enc: Tensor | None = None, seed: int = 0x5EED
 ) -> ScreenedWeights:
     """Quantises float32 ``W_features [d_sae, d_in]``, the transpose of W_enc.
 
@@ -229,16 +235,26 @@ def _quantise(numbers: Tensor, kept: Tensor, seed: int) -> tuple[Tensor, Tensor,
     return quantised, scales, norms, steps
 
 
-@dataclass(frozen=True)
-class _Bounds:
-    """Of one chunk: upper bounds with their maxima, and the maxima of the lower bounds."""
+def can_bound(x: Tensor, weights: ScreenedWeights) -> bool:
+    """Whether no product can leave float32's range: x and weights hold neither NaN nor infinities,
+    nor numbers almost as large. Waits for the GPU."""
+    longest = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).amax()
+    largest = longest * weights.norms.double().amax()
+    if weights.b_enc is not None:
+        largest = largest + weights.b_enc.double().abs().amax()
+    return bool(largest < 1e36)
 
-    upper: Chunk
-    lower_maxima: Tensor
 
+def bound_chunk(
+    x: Tensor, weights: ScreenedWeights, seed: int, upper: Chunk, lower_maxima: Tensor
+) -> None:
+    """Bounds the pre-activations of ``x [rows, d_in]`` (see :func:`can_bound`; at most as many rows
+    as ``upper``).
 
-def _bound(x: Tensor, weights: ScreenedWeights, rows: int, seed: int, room: _Bounds) -> None:
-    """Bounds the pre-activations of ``x [rows, d_in]``."""
+    ``upper`` gets the upper bounds, or 0 where they are below, with their groups' maxima;
+    ``lower_maxima [rows, groups]`` the largest lower bound of each group, or 0.
+    """
+    rows = x.shape[0]
     d_in, d_sae = x.shape[1], weights.exact.shape[0]
     count = min(OUTLIERS, d_in)
     outliers = x.abs().amax(0).topk(count).indices
@@ -265,13 +281,13 @@ def _bound(x: Tensor, weights: ScreenedWeights, rows: int, seed: int, room: _Bou
         w_outliers,
         w_outliers.abs().amax(1),
         x if weights.b_enc is None else weights.b_enc,
-        room.upper.scratch,
-        room.upper.maxima,
-        room.lower_maxima,
+        upper.scratch,
+        upper.maxima,
+        lower_maxima,
         rows,
         d_in,
         d_sae,
-        room.lower_maxima.shape[1],
+        lower_maxima.shape[1],
         CERTAINTY,
         HAS_BIAS=weights.b_enc is not None,
         GROUP=GROUP,
@@ -281,93 +297,31 @@ def _bound(x: Tensor, weights: ScreenedWeights, rows: int, seed: int, room: _Bou
     )
 
 
-def int8_screen_topk(
-    x: Tensor, weights: ScreenedWeights, k: int, *, seed: int = 1
-) -> tuple[Codes, int]:
-    """The k largest positive pre-activations of each row, summed in float64, ties to the lower
-    feature.
-
-    Args:
-        x: float32 ``[rows, d_in]``, finite.
-        weights: of :func:`screened_weights`.
-        k: 0 to d_sae.
-        seed: of the rounding; it does not show in the codes.
-
-    Returns:
-        ``((values, indices, row_offsets), exact products computed)``. Waits for the GPU.
-    """
-    rows, d_sae = x.shape[0], weights.exact.shape[0]
-    if not 0 <= k <= d_sae:
-        raise ValueError(f"k is {k}; expected 0 to {d_sae}")
-    x = x.contiguous()
-    most = min(rows, CHUNK)
-    groups = triton.cdiv(d_sae, GROUP)
-    upper = Chunk(
-        x.new_empty(most, d_sae),
-        x.new_empty(most, groups),
-        x.new_empty(1, dtype=torch.int32),
-        GROUP,
+def row_bounds(lower_maxima: Tensor, k: int) -> Tensor:
+    """Each row's k-th largest of ``lower_maxima [rows, groups]``, float32 ``[rows]``; 0 where there
+    are fewer than k. k pre-activations of the row are at least as large."""
+    rows, groups = lower_maxima.shape
+    bounds = lower_maxima.new_empty(rows)
+    launch(
+        row_bound_kernel,
+        (rows,),
+        lower_maxima,
+        bounds,
+        groups,
+        k,
+        GROUPS=triton.next_power_of_2(groups),
+        **config("row_bound", lower_maxima.device).options,
     )
-    room = _Bounds(upper, x.new_empty(most, groups))
-    bounds = x.new_empty(most)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    computed = 0
-    for first in range(0, rows if k else 0, CHUNK):
-        own = x[first : first + CHUNK]
-        count = own.shape[0]
-        _bound(own, weights, count, seed + first, room)
-        launch(
-            row_bound_kernel,
-            (count,),
-            room.lower_maxima,
-            bounds,
-            groups,
-            k,
-            GROUPS=triton.next_power_of_2(groups),
-            **config("row_bound", x.device).options,
-        )
-        highest, indices, counts = collect(upper, count, bounds, strict=False, per_row=True)
-        offsets = counts.new_zeros(count + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        exact = gradient_of_values(own, indices, offsets, weights.exact, wide=True)
-        if weights.b_enc is not None:
-            exact = exact + weights.b_enc[indices]
-        owners = torch.arange(count, device=x.device)
-        owners = owners.repeat_interleave(counts, output_size=exact.shape[0])
-        computed += exact.shape[0]
-        if bool((exact > highest).any()):
-            # Not in a billion years, or a fault: these rows without screening.
-            exact, indices, owners = _all_exact(own, weights)
-        (exact, indices, offsets) = by_row_and_value(exact, indices, owners, count)
-        owners = torch.arange(count, device=x.device).repeat_interleave(offsets.diff())
-        place = torch.arange(exact.shape[0], device=x.device) - offsets[owners]
-        chosen = (place < k) & (exact > 0)
-        parts.append((exact[chosen], indices[chosen], first + owners[chosen]))
-    if not parts:
-        none = x.new_zeros(0, dtype=torch.int32)
-        return (x.new_zeros(0), none, x.new_zeros(rows + 1, dtype=torch.int64)), 0
-    values, indices, owners = (torch.cat(part) for part in zip(*parts, strict=True))
-    ends = torch.arange(rows + 1, device=x.device)
-    return (values, indices, torch.searchsorted(owners, ends)), computed
-
-
-def _all_exact(x: Tensor, weights: ScreenedWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Every positive pre-activation, summed in float64, with its feature and row."""
-    blocks = [(x.double() @ part.double().T).float() for part in weights.exact.split(4096)]
-    pre = torch.cat(blocks, 1)
-    if weights.b_enc is not None:
-        pre = pre + weights.b_enc
-    owners, features = (pre > 0).nonzero(as_tuple=True)
-    return pre[owners, features], features.to(torch.int32), owners
+    return bounds
 
 
 def int8_screen_traffic(
     rows: int, d_in: int, d_sae: int, k: int, *, candidates: float | None = None
 ) -> tuple[Traffic, Traffic]:
-    """Of :func:`int8_screen_topk`: bounds and candidates (its FLOPs are int8 operations), and their
-    exact products. ``candidates`` a row: default 6 k, as for random unit columns, the worst
-    measured."""
-    candidates = min(6.0 * k if candidates is None else candidates, d_sae)
+    """Of :func:`r1sae_fast.triton_kernels.int8_encode.int8_topk`: bounds and candidates (its FLOPs
+    are int8 operations), and their exact products. ``candidates`` a row: default 4 k, as for random
+    unit columns, the worst measured (2.9 k, and the first k once more)."""
+    candidates = min(4.0 * k if candidates is None else candidates, d_sae)
     chunks = -(-rows // CHUNK)
     quantise = rows * d_in * (4 + 4 + 1)
     upper = rows * d_sae * 4 * (1 + 2 / 32)

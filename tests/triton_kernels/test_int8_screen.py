@@ -5,20 +5,58 @@ from __future__ import annotations
 import pytest
 import torch
 
+from r1sae_fast.ops.batch_topk import batch_topk_reference
+from r1sae_fast.ops.threshold import threshold_reference
 from r1sae_fast.ops.topk import topk_reference
-from r1sae_fast.triton_kernels import int8_screen
+from r1sae_fast.triton_kernels import int8_encode, int8_screen
+from r1sae_fast.triton_kernels.int8_encode import (
+    Screened,
+    int8_batch_topk,
+    int8_threshold,
+    int8_topk,
+)
 from r1sae_fast.triton_kernels.int8_screen import (
-    int8_screen_topk,
+    ScreenedWeights,
     int8_screen_traffic,
     screened_weights,
 )
 
+RULES = ["topk", "batch_topk", "threshold"]
+
+
+def encode(rule: str, x: torch.Tensor, weights: ScreenedWeights, k: int) -> Screened:
+    if rule == "threshold":
+        bounds = thresholds(weights.exact.shape[0], float(k)).to(x.device)
+        return int8_threshold(x, weights, bounds)
+    return (int8_topk if rule == "topk" else int8_batch_topk)(x, weights, k)
+
+
+def thresholds(d_sae: int, least: float) -> torch.Tensor:
+    """One for all where ``least`` is odd, else one a feature."""
+    if least % 2:
+        return torch.tensor([least])
+    return torch.linspace(least / 2, least, d_sae)
+
 
 def reference(
-    x: torch.Tensor, weight: torch.Tensor, b_enc: torch.Tensor, k: int
+    rule: str, x: torch.Tensor, weight: torch.Tensor, b_enc: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, ...]:
     pre = (x.double() @ weight.double().T).float() + b_enc
-    return topk_reference(pre, k, False)
+    if rule == "threshold":
+        return threshold_reference(pre, thresholds(weight.shape[0], float(k)), False)
+    return (topk_reference if rule == "topk" else batch_topk_reference)(pre, k, False)
+
+
+def check(
+    rule: str, x: torch.Tensor, weight: torch.Tensor, b_enc: torch.Tensor | None, k: int
+) -> Screened:
+    weights = screened_weights(weight, b_enc)
+    found = encode(rule, x, weights, k)
+    bias = torch.zeros(weight.shape[0]) if b_enc is None else b_enc.cpu()
+    expected = reference(rule, x.cpu(), weight.cpu(), bias, k)
+    for mine, theirs in zip(found.codes, expected, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+    return found
 
 
 def rows_of(kind: str, d_in: int) -> torch.Tensor:
@@ -38,13 +76,21 @@ def rows_of(kind: str, d_in: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
+    ("rule", "d_in", "d_sae", "k"),
+    [
+        ("topk", 63, 100, 9),
+        ("topk", 40, 33, 33),
+        ("batch_topk", 63, 70, 9),
+        ("threshold", 9, 40, 2),
+    ],
+)
+@pytest.mark.parametrize(
     "kind",
     ["random", "outliers", "zero", "tiny", "huge", "one dimension", "same features", "near ties"],
 )
-@pytest.mark.parametrize(("d_in", "d_sae", "k"), [(63, 100, 9), (40, 33, 33)])
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_is_float64_to_the_index(
-    kind: str, d_in: int, d_sae: int, k: int, device: torch.device
+    rule: str, kind: str, d_in: int, d_sae: int, k: int, device: torch.device
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = rows_of(kind, d_in)
@@ -55,62 +101,79 @@ def test_is_float64_to_the_index(
         b_enc[:] = 0
     elif kind == "near ties":
         weight[:] = weight[0] + torch.randn(d_sae, d_in, generator=generator) * 1e-6
-    weights = screened_weights(weight.to(device), b_enc.to(device))
-    found, computed = int8_screen_topk(x.to(device), weights, k)
-    for mine, theirs in zip(found, reference(x, weight, b_enc, k), strict=True):
-        assert torch.equal(mine.cpu(), theirs)
-    assert computed <= x.shape[0] * d_sae
+    found = check(rule, x.to(device), weight.to(device), b_enc.to(device), k)
+    assert (found.exact_rows, found.violations) == (0, 0)
+    assert found.candidates <= x.shape[0] * (d_sae + k)
 
 
-def test_it_screens(device: torch.device) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_it_screens(rule: str, device: torch.device) -> None:
     """Heavy-tailed features, as trained ones: few candidates are left."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 256, generator=generator)
     weight = torch.randn(128, 256, generator=generator) * 0.05
     weight[:4] = x * 0.2
-    weights = screened_weights(weight.to(device))
-    found, computed = int8_screen_topk(x.to(device), weights, 1)
-    for mine, theirs in zip(found, reference(x, weight, torch.zeros(128), 1), strict=True):
-        assert torch.equal(mine.cpu(), theirs)
-    assert computed < 4 * 16
+    found = check(rule, x.to(device), weight.to(device), None, 1)
+    assert 0 < found.candidates < 4 * 16
 
 
+@pytest.mark.parametrize("rule", RULES)
 def test_a_broken_certificate_is_seen(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+    rule: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8_screen, "CERTAINTY", 0.0)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 64, generator=generator), torch.randn(96, 64, generator=generator)
-    called = []
-    plain = int8_screen._all_exact
-    monkeypatch.setattr(int8_screen, "_all_exact", lambda *given: called.append(1) or plain(*given))
-    weights = screened_weights(weight.to(device))
-    found, _ = int8_screen_topk(x.to(device), weights, 5)
-    assert called
-    for mine, theirs in zip(found, reference(x, weight, torch.zeros(96), 5), strict=True):
-        assert torch.equal(mine.cpu(), theirs)
+    found = check(rule, x.to(device), weight.to(device), None, 5)
+    assert found.violations > 0
+    assert found.exact_rows == 3
 
 
-@pytest.mark.usefixtures("guarded", "grid_order")
-def test_several_chunks_write_all_and_nothing_else(
+def test_lower_bounds_that_lie_are_seen(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_screen, "CHUNK", 2)
+    """Too high a floor would drop codes in silence: fewer than k values reach it."""
+    plain = int8_encode.row_bounds
+    monkeypatch.setattr(int8_encode, "row_bounds", lambda *given: plain(*given) + 10)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 64, generator=generator), torch.randn(96, 64, generator=generator)
+    assert check("topk", x.to(device), weight.to(device), None, 5).violations > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow encountered")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 3e38])
+def test_rows_without_bounds_are_computed_whole(
+    rule: str, bad: float, device: torch.device
+) -> None:
+    """NaN is never a code, an infinity is the strongest; finite numbers may overflow too."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 64, generator=generator), torch.randn(50, 64, generator=generator)
+    x[1, 5] = bad
+    found = check(rule, x.to(device), weight.to(device), None, 5)
+    if bad != 3e38:
+        assert found.exact_rows == 3
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.usefixtures("guarded", "grid_order")
+def test_several_chunks_write_all_and_nothing_else(
+    rule: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("r1sae_fast.triton_kernels.encode_gemm.CHUNK", 2)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(5, 64, generator=generator), torch.randn(96, 64, generator=generator)
-    weights = screened_weights(weight.to(device))
-    found, _ = int8_screen_topk(x.to(device), weights, 5)
-    for mine, theirs in zip(found, reference(x, weight, torch.zeros(96), 5), strict=True):
-        assert torch.equal(mine.cpu(), theirs)
+    assert check(rule, x.to(device), weight.to(device), None, 5).exact_rows == 0
 
 
-def test_nothing_to_do(device: torch.device) -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_nothing_to_do(rule: str, device: torch.device) -> None:
     weights = screened_weights(torch.ones(8, 16, device=device))
     for rows, k in ((0, 3), (2, 0)):
-        (values, indices, offsets), computed = int8_screen_topk(
-            torch.ones(rows, 16, device=device), weights, k
-        )
-        assert (values.numel(), indices.numel(), computed) == (0, 0, 0)
+        x = -torch.ones(rows, 16, device=device)
+        found = encode(rule, x, weights, k)
+        values, indices, offsets = found.codes
+        assert (values.numel(), indices.numel(), found.candidates) == (0, 0, 0)
         assert offsets.tolist() == [0] * (rows + 1)
     with pytest.raises(ValueError, match=r"expected torch\.float32"):
         screened_weights(torch.ones(8, 16, dtype=torch.bfloat16))
