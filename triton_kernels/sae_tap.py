@@ -1,8 +1,9 @@
 """An SAE inside a running model: residual in, codes and a steered residual out.
 
 Everything is preallocated, launches depend on shapes alone and nothing waits for the GPU, so the
-call can stand in a hook and be captured in a CUDA graph. Which rows take part and what is steered
-are read from tensors that the caller may fill anew before each replay.
+call can stand in a hook and be captured in a CUDA graph (after a call outside of one, which
+compiles the kernels). Which rows take part and what is steered are read from tensors that the
+caller may fill anew before each replay.
 
 Steering keeps the SAE's error: a feature's decoder direction is added as often as its strength is
 to change (AxBench's clamp, arXiv:2501.17148), so a feature set to what it is changes nothing.
@@ -15,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from r1sae_fast.ops.tap import tap
 from r1sae_fast.triton_kernels.configs import config
-from r1sae_fast.triton_kernels.encode_gemm import CHUNK, chunk_buffers
+from r1sae_fast.triton_kernels.encode_gemm import CHUNK, Chunk, chunk_buffers
 from r1sae_fast.triton_kernels.encode_topk import (
     PaddedCodes,
     encode_topk,
@@ -26,7 +28,7 @@ from r1sae_fast.triton_kernels.encode_topk import (
 from r1sae_fast.triton_kernels.launch import launch
 from r1sae_fast.triton_kernels.traffic import Traffic
 
-__all__ = ["ADD", "SET", "SaeTap", "sae_tap_traffic"]
+__all__ = ["ADD", "SET", "SaeTap", "run_tap", "sae_tap_traffic"]
 
 SET, ADD = 0, 1
 """What an entry does with its strength: make it the feature's, or add it to the feature's."""
@@ -109,6 +111,73 @@ def trim_kernel(
     tl.store(counts + row, tl.sum(kept.to(tl.int32), axis=0))
 
 
+def run_tap(
+    residual: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    W_dec: Tensor,
+    threshold: Tensor | None,
+    active: Tensor,
+    features: Tensor,
+    strengths: Tensor,
+    kinds: Tensor,
+    k: int,
+    steer: bool,
+    values: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    output: Tensor,
+    scratch: Tensor,
+    maxima: Tensor,
+    keys: Tensor,
+    bad_row: Tensor,
+    group: int,
+) -> None:
+    """The launches of a tap; arguments as for :func:`r1sae_fast.ops.tap.tap_reference`."""
+    count, d_in = residual.shape
+    codes = PaddedCodes(values, indices, counts, bad_row)
+    chunk = Chunk(scratch, maxima, bad_row, group)
+    encode_topk(residual, W_enc, b_enc, k, out=codes, chunk=chunk, keys=keys)
+    limit = counts if threshold is None else threshold
+    padded_k = triton.next_power_of_2(max(k, 1))
+    if steer:
+        settings = config("sae_tap", residual.device)
+        launch(
+            sae_tap_kernel,
+            (count, triton.cdiv(d_in, settings.blocks["BLOCK_D"])),
+            residual,
+            values,
+            indices,
+            counts,
+            limit,
+            active,
+            features,
+            strengths,
+            kinds,
+            W_dec,
+            output,
+            d_in,
+            k,
+            features.shape[1],
+            HAS_THRESHOLD=threshold is not None,
+            K=padded_k,
+            **settings.options,
+        )
+    launch(
+        trim_kernel,
+        (count,),
+        values,
+        indices,
+        counts,
+        limit,
+        active,
+        k,
+        HAS_THRESHOLD=threshold is not None,
+        K=padded_k,
+        num_warps=1,
+    )
+
+
 class SaeTap:
     """Buffers and launches for one SAE and up to ``rows`` rows at a time.
 
@@ -168,6 +237,9 @@ class SaeTap:
         with ``steer``, writes :attr:`output`.
 
         Steering reads the codes of the residual as given; several entries of one row add up.
+
+        Raises:
+            ValueError: a residual of another shape, dtype or device, or one that is not contiguous.
         """
         count, d_in = residual.shape
         if count > self.output.shape[0] or d_in != self.output.shape[1]:
@@ -175,57 +247,42 @@ class SaeTap:
                 f"the residual has shape {tuple(residual.shape)}; expected at most "
                 f"{self.output.shape[0]} rows of {self.output.shape[1]}"
             )
+        wanted = (self.W_dec.dtype, self.W_dec.device)
+        if (residual.dtype, residual.device) != wanted:
+            raise ValueError(
+                f"the residual is {residual.dtype} on {residual.device}; expected "
+                f"{wanted[0]} on {wanted[1]}"
+            )
+        if not residual.is_contiguous():
+            raise ValueError("the residual is not contiguous; a copy would take memory: make one")
         codes = PaddedCodes(
             self.codes.values[:count],
             self.codes.indices[:count],
             self.codes.counts[:count],
             self.codes.bad_row,
         )
-        encode_topk(
+        run = tap if residual.device.type == "cuda" else run_tap
+        run(
             residual,
             self.W_enc,
             self.b_enc,
+            self.W_dec,
+            self.threshold,
+            self.active,
+            self.features,
+            self.strengths,
+            self.kinds,
             self.k,
-            out=codes,
-            chunk=self.chunk,
-            keys=self.keys,
-        )
-        settings = config("sae_tap", residual.device)
-        padded_k = triton.next_power_of_2(max(self.k, 1))
-        if steer:
-            launch(
-                sae_tap_kernel,
-                (count, triton.cdiv(d_in, settings.blocks["BLOCK_D"])),
-                residual,
-                codes.values,
-                codes.indices,
-                codes.counts,
-                codes.counts if self.threshold is None else self.threshold,
-                self.active,
-                self.features,
-                self.strengths,
-                self.kinds,
-                self.W_dec,
-                self.output,
-                d_in,
-                self.k,
-                self.features.shape[1],
-                HAS_THRESHOLD=self.threshold is not None,
-                K=padded_k,
-                **settings.options,
-            )
-        launch(
-            trim_kernel,
-            (count,),
+            steer,
             codes.values,
             codes.indices,
             codes.counts,
-            codes.counts if self.threshold is None else self.threshold,
-            self.active,
-            self.k,
-            HAS_THRESHOLD=self.threshold is not None,
-            K=padded_k,
-            num_warps=1,
+            self.output,
+            self.chunk.scratch,
+            self.chunk.maxima,
+            self.keys,
+            codes.bad_row,
+            self.chunk.group,
         )
         return codes
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from r1sae_fast.ops import tap as ops_tap
 from r1sae_fast.triton_kernels.encode_topk import encode_topk
 from r1sae_fast.triton_kernels.launch import recording
-from r1sae_fast.triton_kernels.sae_tap import ADD, SET, SaeTap, sae_tap_traffic
+from r1sae_fast.triton_kernels.sae_tap import ADD, SET, SaeTap, run_tap, sae_tap_traffic
 
 from .test_encode_topk import whole_numbers
 
@@ -23,7 +26,6 @@ def parts(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("limit", [None, 9.0])
-@pytest.mark.usefixtures("grid_order")
 def test_codes_and_steering(dtype: torch.dtype, limit: float | None, device: torch.device) -> None:
     x, W_enc, b_enc, W_dec = parts(dtype, device)
     threshold = None if limit is None else torch.tensor([limit], device=device)
@@ -74,24 +76,101 @@ def test_shapes_that_do_not_fit(device: torch.device) -> None:
     tap = SaeTap(W_enc, b_enc, W_dec, K, ROWS - 1)
     with pytest.raises(ValueError, match="at most 4 rows of 40"):
         tap(x)
+    with pytest.raises(ValueError, match="not contiguous"):
+        tap(torch.ones(D_IN, 2, device=device).T)
+    with pytest.raises(ValueError, match=r"is torch\.float16 on .*; expected torch\.float32"):
+        tap(x[:2].half())
 
 
-def test_a_call_allocates_nothing_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On tensors without data a launcher that looked at one would fail; buffers stay the same."""
+class Dispatched(TorchDispatchMode):
+    """Lists every torch operation below the one that was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's own
+        self.names.add(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("k", [0, 64, 200])
+@pytest.mark.parametrize("limit", [False, True])
+def test_a_call_allocates_nothing_and_waits_for_nothing(k: int, limit: bool) -> None:
+    """All that a CUDA graph may hold: views of what is there, and launches. On tensors without data
+    a launcher that looked at one would fail."""
     bf16 = torch.bfloat16
 
     def meta(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=bf16, device="meta")
 
+    threshold = torch.empty(1, device="meta") if limit else None
     with recording("sm_90") as launches:
-        tap = SaeTap(meta(28672, 7168).T, meta(28672), meta(28672, 7168), 64, 2048, entries=4)
+        weight = meta(28672, 7168)
+        tap = SaeTap(weight.T, meta(28672), weight, k, 2048, entries=4, threshold=threshold)
         x = meta(2000, 7168)
-        for name in ("new_empty", "new_zeros", "new_ones", "new_full"):
-            monkeypatch.setattr(torch.Tensor, name, None)
-        tap(x)
+        with Dispatched() as dispatched:
+            tap(x)
+    views = {"aten.slice.Tensor"} | ({"aten.zero_.default"} if k == 0 else set())
+    assert dispatched.names <= views
     names = [launch.name for launch in launches]
-    chunk = ["encode_gemm_kernel", "select_topk_kernel"]
+    chunk = ["encode_gemm_kernel", *(["select_topk_kernel"] if k else [])]
     assert names == [*chunk, *chunk, "sae_tap_kernel", "trim_kernel"]
+
+
+def test_on_cuda_it_is_one_operation() -> None:
+    with FakeTensorMode():
+        weight = torch.empty(64, 32, device="cuda")
+        tap = SaeTap(weight.T, None, weight, 4, 8)
+        x = torch.empty(5, 32, device="cuda")
+        with Dispatched() as dispatched:
+            codes = tap(x)
+    assert "r1sae_fast.sae_tap.default" in dispatched.names
+    assert not [name for name in dispatched.names if "mm" in name or "empty" in name]
+    assert tuple(codes.values.shape) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, None), (torch.bfloat16, 9.0)], ids=str
+)
+def test_the_operation_is_the_kernels(
+    dtype: torch.dtype, limit: float | None, device: torch.device
+) -> None:
+    """Whole numbers: to the bit."""
+    x, W_enc, b_enc, W_dec = parts(dtype, device)
+    W_dec = W_dec.round()
+    threshold = None if limit is None else torch.tensor([limit], device=device)
+    outcomes = []
+    for run in (run_tap, ops_tap.tap_reference):
+        tap = SaeTap(W_enc, b_enc, W_dec, K, ROWS, entries=3, threshold=threshold)
+        tap.active[1] = 0
+        tap.features[:, 0], tap.strengths[:, 0], tap.kinds[:, 0] = 5, 2.0, SET
+        tap.features[3, 2], tap.strengths[3, 2], tap.kinds[3, 2] = 7, -3.0, ADD
+        codes, room = tap.codes, tap.chunk
+        run(
+            x, W_enc, b_enc, W_dec, threshold, tap.active, tap.features, tap.strengths, tap.kinds,
+            K, True, codes.values, codes.indices, codes.counts, tap.output, room.scratch,
+            room.maxima, tap.keys, room.bad_row, room.group,
+        )  # fmt: skip
+        outcomes.append((codes.values, codes.indices, codes.counts, tap.output))
+    for mine, theirs in zip(*outcomes, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_opcheck() -> None:
+    x, W_enc, b_enc, W_dec = parts(torch.float32, torch.device("cpu"))
+    tap = SaeTap(W_enc, b_enc, W_dec, K, ROWS, entries=2)
+    codes, room = tap.codes, tap.chunk
+    for buffer in (codes.values, codes.indices, codes.counts, tap.output, room.scratch, room.maxima,
+                   tap.keys):  # fmt: skip
+        buffer.zero_()
+    arguments = (
+        x, W_enc, b_enc, W_dec, None, tap.active, tap.features, tap.strengths, tap.kinds,
+        K, True, codes.values, codes.indices, codes.counts, tap.output, room.scratch,
+        room.maxima, tap.keys, room.bad_row, room.group,
+    )  # fmt: skip
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.r1sae_fast.sae_tap.default, arguments, test_utils=checks)
 
 
 def test_traffic() -> None:

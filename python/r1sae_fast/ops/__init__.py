@@ -8,8 +8,10 @@ CPU for float32 and bfloat16, a gradient, and is a ``torch.library`` custom oper
 from r1sae_fast.ops import _cuda as _cuda
 from r1sae_fast.ops._simd import set_simd, simd_info
 from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
+from r1sae_fast.ops.code_gradients import code_gradients, sums_by_feature
 from r1sae_fast.ops.code_values import with_gradient
 from r1sae_fast.ops.decode import decode, decode_reference
+from r1sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from r1sae_fast.ops.screen import (
     SCREEN_KINDS,
     Screen,
@@ -29,12 +31,17 @@ __all__ = [
     "batch_topk",
     "batch_topk_reference",
     "best_screen",
+    "code_gradients",
     "decode",
     "decode_in_factors",
     "decode_reference",
+    "encode_batch_topk",
     "encode_in_factors",
+    "encode_threshold",
+    "encode_topk",
     "set_simd",
     "simd_info",
+    "sums_by_feature",
     "threshold",
     "threshold_reference",
     "topk",

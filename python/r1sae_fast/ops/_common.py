@@ -98,7 +98,12 @@ def require_finite(pre_activations: Tensor) -> None:
     if bool(torch.isfinite(pre_activations).all()):
         return
     row = int((~torch.isfinite(pre_activations).all(-1)).to(torch.uint8).argmax())
-    raise NonFiniteError(
+    raise not_finite(row)
+
+
+def not_finite(row: int) -> NonFiniteError:
+    """The error for the first row that holds a NaN or an infinity."""
+    return NonFiniteError(
         f"pre_activations holds a NaN or infinite value in row {row}; "
         "remove or mask that row before encoding"
     )

@@ -24,17 +24,18 @@ def register(
     reference: Callable[..., Any],
     cpu: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Defines an operation and returns it.
 
     Args:
-        schema: its name and signature in torch's language; no argument is written to.
+        schema: its name and signature in torch's language.
         reference: runs on every device.
         cpu: runs on the CPU instead.
         fake: shapes and dtypes alone, for ``torch.compile`` and ``torch.export``.
-        setup_context, backward: its gradient, as for ``torch.library.register_autograd``.
+        setup_context, backward: its gradient, as for ``torch.library.register_autograd``; none for
+            an operation that writes to its arguments.
     """
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
@@ -42,6 +43,9 @@ def register(
         _LIBRARY.impl(name, function, key)
     qualified = f"r1sae_fast::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_LIBRARY
+        )
     operation: Callable[..., Any] = getattr(torch.ops.r1sae_fast, name)
     return operation

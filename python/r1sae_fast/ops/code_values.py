@@ -6,6 +6,7 @@ that column of W_enc and that bias alone, so nothing of size rows x d_sae is mad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops._register import register
-from r1sae_fast.ops.decode import _decode, _gradient_of_weight
+from r1sae_fast.ops.code_gradients import _sums_by_feature
+from r1sae_fast.ops.decode import _decode
 
-__all__ = ["with_gradient"]
+__all__ = ["codes_backward", "with_gradient"]
 
 
 def with_gradient(codes: SparseCodes, x: Tensor, W_features: Tensor, b_enc: Tensor) -> SparseCodes:
@@ -58,15 +60,26 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    indices, row_offsets, x, W_features = ctx.saved_tensors
+    needed = ctx.needs_input_grad[3:]
+    return None, None, None, *codes_backward(gradient, ctx.saved_tensors, needed)
+
+
+def codes_backward(
+    gradient: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, W_features and b_enc, as far as ``needed``, from that of the values;
+    ``saved`` are indices, row_offsets, x and W_features."""
+    indices, row_offsets, x, W_features = saved
     of_x = of_weight = of_bias = None
-    if ctx.needs_input_grad[3]:
+    if needed[0]:
         of_x = _decode(gradient, indices, row_offsets, W_features, None)
-    if ctx.needs_input_grad[4]:
-        of_weight = _gradient_of_weight(x, gradient, indices, row_offsets, W_features.shape[0])
-    if ctx.needs_input_grad[5]:
+    if needed[1]:
+        of_weight, of_bias = _sums_by_feature(
+            x, gradient, indices, row_offsets, W_features.shape[0]
+        )
+    elif needed[2]:
         of_bias = gradient.new_zeros(W_features.shape[0]).index_add(0, indices, gradient)
-    return None, None, None, of_x, of_weight, of_bias
+    return of_x, of_weight, of_bias if needed[2] else None
 
 
 _code_values = register(

@@ -6,6 +6,9 @@ The dense path multiplies in full precision and then throws all but k of d_sae p
 exactly. Codes are then those of pre-activations summed in float64 and rounded to float32: what the
 dense path aims at and misses by the errors of its sums. (bfloat16: the product is rounded by way of
 float32, then the sum with the bias, as the dense path does.)
+
+On a GPU the screen is Triton's (float32 alone: bfloat16's tensor cores are as fast as screening),
+and what takes its place without one makes no dense pre-activations either.
 """
 
 from __future__ import annotations
@@ -18,10 +21,14 @@ from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
-from r1sae_fast.ops import _common
-from r1sae_fast.ops.batch_topk import batch_topk
-from r1sae_fast.ops.threshold import threshold
-from r1sae_fast.ops.topk import topk
+from r1sae_fast.ops import _common, _device
+from r1sae_fast.ops._gpu_screen import GpuScreen
+from r1sae_fast.ops.encode import (
+    encode_batch_topk,
+    encode_threshold,
+    encode_topk,
+    threshold_bounds,
+)
 
 __all__ = ["SCREEN_KINDS", "Screen", "ScreenKind", "ScreenReport", "best_screen"]
 
@@ -52,7 +59,7 @@ class ScreenReport(NamedTuple):
     """``"int8"`` or ``"none"``: what is in use for these rows."""
     kernel: str
     """The instructions of the 8-bit products: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2``
-    or ``scalar``; empty where there is no screen."""
+    or ``scalar``; ``triton`` for a GPU's kernels, with a screen or without; else empty."""
     reason: str
     """Why this kind."""
     bytes: int
@@ -91,7 +98,7 @@ def best_screen(dtype: torch.dtype = torch.float32) -> tuple[str, str]:
 
 
 class Screen:
-    """Encodes with one set of weights, on the CPU.
+    """Encodes with one set of weights, on the CPU or a GPU.
 
     It follows changes of the weights as far as torch counts them (every in-place operation and
     optimizer): such weights are rounded again before they are used. Changes through ``.data`` or
@@ -102,7 +109,7 @@ class Screen:
         b_enc: ``[d_sae]``. Kept, not copied.
         kind: ``"auto"`` chooses by size, dtype and CPU; ``"int8"`` screens, which takes a byte a
             weight; ``"none"`` is the dense path.
-        kernel: the instructions of the 8-bit products; ``"auto"`` for the fastest.
+        kernel: the CPU's instructions for the 8-bit products; ``"auto"`` for the fastest.
 
     Raises:
         TypeError: not a floating tensor.
@@ -129,7 +136,7 @@ class Screen:
         self._W, self._b = W_features.detach(), b_enc.detach()
         self.requested: ScreenKind = kind
         self._kernel = kernel
-        self._core: _core.Screen | None = None
+        self._core: _core.Screen | GpuScreen | None = None
         # The state of the weights that the 8-bit copy is of, and the last state seen.
         self._copied: object = None
         self._seen: object = None
@@ -144,9 +151,14 @@ class Screen:
     def _obstacle(self) -> str | None:
         """Why these weights can't be screened at all."""
         W, b = self._W, self._b
-        if W.device.type != "cpu" or b.device.type != "cpu":
-            return f"they lie on {W.device}"
-        if not _common.in_rust(W, b):
+        if W.device != b.device or (W.device.type != "cpu" and not _device.on_gpu(W)):
+            return f"they lie on {W.device} and {b.device}"
+        if _device.on_gpu(W):
+            if W.dtype != torch.float32 or b.dtype != torch.float32:
+                return f"they are {W.dtype}, whose products are as fast on a GPU as screening"
+            if not _device.has_triton():
+                return "triton is not installed"
+        elif not _common.in_rust(W, b):
             return f"they are {W.dtype}; screens are for float32 and bfloat16"
         if not W.is_contiguous():
             return "they are not feature-major in memory"
@@ -163,6 +175,8 @@ class Screen:
             return "none", problem
         if self._W.numel() < _FEWEST_WEIGHTS:
             return "none", f"fewer than {_FEWEST_WEIGHTS} weights: a dense product is as fast"
+        if _device.on_gpu(self._W):
+            return "int8", "8-bit products on tensor cores; float32 has none"
         if self._kernel != "auto":
             return "int8", "8-bit products by the kernel asked for"
         kind, kernel = best_screen(self._W.dtype)
@@ -190,11 +204,15 @@ class Screen:
         kernel = ""
         if self.kind == "int8":
             kernel = core.kernel if core is not None else self._kernel_name()
+        elif _device.on_gpu(self._W) and _device.in_triton(self._W, self._b):
+            kernel = "triton"
         counts = (0, 0, 0, 0) if core is None else core.counts
         size = 0 if core is None else core.nbytes
         return ScreenReport(self.kind, kernel, self.reason, size, *counts)
 
     def _kernel_name(self) -> str:
+        if _device.on_gpu(self._W):
+            return "triton"
         return _core.screen_kernels()[0] if self._kernel == "auto" else self._kernel
 
     # -- the weights --------------------------------------------------------------------------
@@ -213,10 +231,18 @@ class Screen:
             if self._core is not None:
                 self._round(rows)
 
-    def _round(self, rows: Tensor | None) -> _core.Screen:
+    def _round(self, rows: Tensor | None) -> _core.Screen | GpuScreen:
         state = self._state()
+        if _device.on_gpu(self._W):
+            on_gpu = GpuScreen(self._W, self._b) if self._core is None else self._core
+            assert isinstance(on_gpu, GpuScreen)
+            on_gpu.refresh(rows)
+            self._core = on_gpu
+            self._copied = self._seen = state
+            return on_gpu
         W, b = _common.to_rust(self._W), _common.to_rust(self._b)
         core = self._core
+        assert not isinstance(core, GpuScreen)
         if core is None:
             threads = _common.threads(W.size)
             core = _core.Screen(W, b, self._kernel_name(), _SEED, threads)
@@ -233,7 +259,7 @@ class Screen:
         W, b = self._W, self._b
         return (W.data_ptr(), W._version, b.data_ptr(), b._version)
 
-    def _ready(self, rows: int) -> _core.Screen | None:
+    def _ready(self, rows: int) -> _core.Screen | GpuScreen | None:
         """The screen of the weights as they are; None where a few rows of weights that change again
         and again are not worth it."""
         if self.kind != "int8":
@@ -264,7 +290,7 @@ class Screen:
         _common.check_k(k, self._W.shape[0])
         screen = self._ready(_rows_of(x))
         if screen is None:
-            return topk(self._pre_activations(x), k, check_finite=check_finite)
+            return encode_topk(x, self._W, self._b, k, check_finite=check_finite)
         return self._encode(screen, x, "topk", k, check_finite)
 
     def batch_topk(self, x: Tensor, k: int, *, check_finite: bool = True) -> SparseCodes:
@@ -273,7 +299,7 @@ class Screen:
         _common.check_k(k, self._W.shape[0])
         screen = self._ready(_rows_of(x))
         if screen is None:
-            return batch_topk(self._pre_activations(x), k, check_finite=check_finite)
+            return encode_batch_topk(x, self._W, self._b, k, check_finite=check_finite)
         return self._encode(screen, x, "batch_topk", k, check_finite)
 
     def threshold(
@@ -281,16 +307,11 @@ class Screen:
     ) -> SparseCodes:
         """As :func:`ops.threshold` of the pre-activations of ``x``; see :meth:`topk`."""
         x = self._checked(x)
-        if not isinstance(theta, Tensor):
-            theta = torch.tensor(theta, dtype=torch.float64)
-        if tuple(theta.shape) not in ((), (1,), (self._W.shape[0],)):
-            raise ValueError(
-                f"threshold has shape {tuple(theta.shape)}; expected () or ({self._W.shape[0]},)"
-            )
+        bounds = threshold_bounds(theta, self._W)
         screen = self._ready(_rows_of(x))
         if screen is None:
-            return threshold(self._pre_activations(x), theta, check_finite=check_finite)
-        return self._encode(screen, x, "threshold", theta, check_finite)
+            return encode_threshold(x, self._W, self._b, theta, check_finite=check_finite)
+        return self._encode(screen, x, "threshold", bounds, check_finite)
 
     def _checked(self, x: Tensor) -> Tensor:
         if x.dtype != self._W.dtype:
@@ -300,25 +321,28 @@ class Screen:
         return x.detach()
 
     def _encode(
-        self, screen: _core.Screen, x: Tensor, rule: str, choice: int | Tensor, check_finite: bool
+        self,
+        screen: _core.Screen | GpuScreen,
+        x: Tensor,
+        rule: str,
+        choice: int | Tensor,
+        check_finite: bool,
     ) -> SparseCodes:
-        if isinstance(choice, Tensor):
-            bounds = choice.detach().cpu().to(torch.float32).reshape(-1).contiguous().numpy()
-        raw = screen.encode(
-            _common.to_rust(x.reshape(_rows_of(x), x.shape[-1])),
-            _common.to_rust(self._W),
-            _common.to_rust(self._b),
-            rule,
-            bounds if isinstance(choice, Tensor) else choice,
-            check_finite,
-            _common.threads(self._W.numel()),
-        )
-        return SparseCodes(*_common.raw_from_rust(raw), self._W.shape[0], tuple(x.shape[:-1]))
-
-    @torch.no_grad()
-    def _pre_activations(self, x: Tensor) -> Tensor:
-        # Two steps, each rounded, as the release does.
-        return x @ self._W.T + self._b
+        flat = x.reshape(_rows_of(x), x.shape[-1])
+        if isinstance(screen, GpuScreen):
+            found = screen.encode(flat, rule, choice, check_finite)
+        else:
+            raw = screen.encode(
+                _common.to_rust(flat),
+                _common.to_rust(self._W),
+                _common.to_rust(self._b),
+                rule,
+                choice.numpy() if isinstance(choice, Tensor) else choice,
+                check_finite,
+                _common.threads(self._W.numel()),
+            )
+            found = _common.raw_from_rust(raw)
+        return SparseCodes(*found, self._W.shape[0], tuple(x.shape[:-1]))
 
 
 def _rows_of(x: Tensor) -> int:

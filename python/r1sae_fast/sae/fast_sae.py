@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.errors import NonFiniteError
+from r1sae_fast.ops import _device
 from r1sae_fast.ops._memory import empty_weights
 from r1sae_fast.optim.factored import Leave, leave_at
 from r1sae_fast.sae.config import Mode, SaeConfig, check_dtype
@@ -264,7 +265,7 @@ class FastSAE(nn.Module):
         """Which way codes are computed, why, and what it took so far: ``print(sae.explain())``."""
         screen = self._screen_of(self.W_enc)
         if screen is None:
-            reason = f"the parameters lie on {self.device}; screens are for the CPU"
+            reason = f"the parameters lie on {self.device}; plain torch serves there"
             return ops.ScreenReport("none", "", reason, 0, 0, 0, 0, 0)
         return screen.explain()
 
@@ -386,7 +387,8 @@ class FastSAE(nn.Module):
 
     def _screen_of(self, W_enc: Tensor) -> ops.Screen | None:
         """The screen of the parameters as they are; None where there can be none."""
-        if W_enc.device.type != "cpu" or torch.compiler.is_compiling():
+        known = W_enc.device.type == "cpu" or _device.on_gpu(W_enc)
+        if not known or torch.compiler.is_compiling():
             return None
         W, b = W_enc.detach().T, self.b_enc.detach()
         screen = self._screen
@@ -399,7 +401,7 @@ class FastSAE(nn.Module):
         screen = self._screen_of(self.W_enc)
         try:
             if screen is None or screen.kind == "none":
-                return self._select(x @ self.W_enc + self.b_enc, mode)
+                return self._encode_whole(x, mode)
             codes = self._screened(screen, x, mode)
         except NonFiniteError as error:
             raise self._explained(error, x) from None
@@ -421,8 +423,17 @@ class FastSAE(nn.Module):
             )
         return self.threshold
 
-    def _select(self, pre_activations: Tensor, mode: Mode) -> SparseCodes:
+    def _encode_whole(self, x: Tensor, mode: Mode) -> SparseCodes:
+        """Without a screen: on a GPU one operation, on the CPU dense pre-activations."""
         check = self.check_finite
+        if _device.on_gpu(x):
+            given = (x, self.W_enc.T, self.b_enc)
+            if mode == "topk":
+                return ops.encode_topk(*given, self.k, check_finite=check)
+            if mode == "batch_topk":
+                return ops.encode_batch_topk(*given, self.k, check_finite=check)
+            return ops.encode_threshold(*given, self._calibrated(), check_finite=check)
+        pre_activations = x @ self.W_enc + self.b_enc
         if mode == "topk":
             return ops.topk(pre_activations, self.k, check_finite=check)
         if mode == "batch_topk":
