@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1sae_fast import SparseCodes, ops
 from r1sae_fast.optim import FactoredGradient
-from r1sae_fast.train import TrainConfig, factored
+from r1sae_fast.train import TrainConfig, by_kernels, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.losses import Part
@@ -19,10 +19,17 @@ from r1sae_fast.train.step import Learner
 CPU = torch.device("cpu")
 
 
-def learner(d_in: int, seed: int, *, in_factors: bool = True, **settings: object) -> Learner:
+WAYS = {
+    "torch": {"in_factors": False, "by_kernels": False},
+    "kernels": {"in_factors": False, "by_kernels": True},
+    "factors": {"in_factors": True},
+}
+
+
+def learner(d_in: int, seed: int, *, way: str = "factors", **settings: object) -> Learner:
     """A learner with random weights, so that nothing cancels by the initialisation's symmetry."""
     config = TrainConfig(**settings)  # type: ignore[arg-type]  # from tests
-    result = Learner(config, d_in, CPU, in_factors=in_factors)
+    result = Learner(config, d_in, CPU, **WAYS[way])
     generator = torch.Generator().manual_seed(seed)
     for tensor in result.parameters.values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
@@ -59,7 +66,7 @@ def written_out(gradient: Tensor | FactoredGradient) -> Tensor:
     return gradient.to_dense() if isinstance(gradient, FactoredGradient) else gradient
 
 
-@pytest.mark.parametrize("in_factors", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", ["batch_topk", "topk"])
 @pytest.mark.parametrize("tied", [False, True])
 @given(
@@ -71,12 +78,12 @@ def written_out(gradient: Tensor | FactoredGradient) -> Tensor:
     seed=st.integers(0, 2**32),
 )
 def test_gradients_are_those_of_the_dense_definition(
-    in_factors: bool, mode: str, tied: bool, rows: int, d_in: int, d_sae: int, k: int, dead: int,
+    way: str, mode: str, tied: bool, rows: int, d_in: int, d_sae: int, k: int, dead: int,
     seed: int,
 ) -> None:  # fmt: skip
     mine = learner(
         d_in, seed, d_sae=d_sae, k=k, mode=mode, tied=tied, aux_coefficient=0.5, aux_k=2,
-        dead_after_tokens=1000, in_factors=in_factors,
+        dead_after_tokens=1000, way=way,
     )  # fmt: skip
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
     pre = x @ mine.parameters["encoder"].T + mine.parameters["b_enc"]
@@ -93,7 +100,7 @@ def test_gradients_are_those_of_the_dense_definition(
         torch.testing.assert_close(found_here, expected[name], rtol=1e-4, atol=1e-5 * size + 1e-9)
 
 
-@pytest.mark.parametrize("backend", [dense, factored])
+@pytest.mark.parametrize("backend", [dense, by_kernels, factored])
 @pytest.mark.parametrize("with_dead", [False, True])
 def test_rows_without_codes(backend: ModuleType, with_dead: bool) -> None:
     codes = SparseCodes.from_dense(torch.zeros(3, 5))
@@ -117,7 +124,7 @@ def test_dead_features_by_products_or_by_codes(
     monkeypatch.setattr(factored, "_DENSE_SHARE", share)
     monkeypatch.setattr("r1sae_fast.optim.factored._BLOCK_NUMBERS", 63 * 5)
     settings = {"d_sae": 123, "k": 3, "tied": tied, "dead_after_tokens": 9, "aux_k": 20}
-    steps = [learner(63, 4, in_factors=mine, **settings) for mine in (True, False)]
+    steps = [learner(63, 4, way=way, **settings) for way in ("factors", "torch")]
     dead = torch.arange(7, 100, 2)
     x = torch.randn(70, 63, generator=torch.Generator().manual_seed(1))
     for step in steps:
@@ -128,15 +135,16 @@ def test_dead_features_by_products_or_by_codes(
         torch.testing.assert_close(steps[0].parameters[name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["factors", "kernels"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 @pytest.mark.parametrize("mode", ["batch_topk", "topk"])
 def test_steps_are_those_of_torchs_adam_on_dense_gradients(
-    tied: bool, clip: float, mode: str
+    way: str, tied: bool, clip: float, mode: str
 ) -> None:
     settings = {"d_sae": 123, "k": 2, "mode": mode, "tied": tied, "gradient_clip": clip}
     settings |= {"dead_after_tokens": 300, "aux_k": 7}
-    mine, truth = (learner(63, 3, in_factors=way, **settings) for way in (True, False))
+    mine, truth = (learner(63, 3, way=mine, **settings) for mine in (way, "torch"))
     generator = torch.Generator().manual_seed(0)
     for number in range(12):
         x = torch.randn(70, 63, generator=generator)
@@ -171,7 +179,7 @@ def test_sparse_adam_leaves_features_without_codes_alone() -> None:
 
 def test_sparse_adam_is_refused_where_it_can_t_be() -> None:
     with pytest.raises(ValueError, match='adam is "sparse" on cpu'):
-        learner(16, 0, in_factors=False, d_sae=64, k=2, adam="sparse")
+        learner(16, 0, way="torch", d_sae=64, k=2, adam="sparse")
 
 
 def test_the_decoder_keeps_unit_rows_and_its_gradient_only_turns_them() -> None:

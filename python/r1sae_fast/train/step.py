@@ -17,7 +17,7 @@ from r1sae_fast.codes import SparseCodes
 from r1sae_fast.optim import FactoredGradient, clip_grad_norm_
 from r1sae_fast.optim.factored import turning
 from r1sae_fast.optim.update import Settings, update
-from r1sae_fast.train import factored
+from r1sae_fast.train import by_kernels, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
@@ -45,7 +45,10 @@ class Learner:
 
     Args:
         in_factors: whether gradients of matrices are never written out; default on the CPU, where
-            alone it is possible. Else they are plain torch, which is the truth for the other.
+            alone it is possible.
+        by_kernels: whether, if not so, encoding and gradients are the package's sparse operations;
+            default on GPUs, where they are Triton's kernels. Else they are plain torch, which is
+            the truth for the others.
     """
 
     def __init__(
@@ -55,8 +58,11 @@ class Learner:
         device: torch.device,
         *,
         in_factors: bool | None = None,
+        by_kernels: bool | None = None,
     ) -> None:
         self.in_factors = device.type == "cpu" if in_factors is None else in_factors
+        on_gpu = device.type == "cuda"
+        self.by_kernels = not self.in_factors and (on_gpu if by_kernels is None else by_kernels)
         if config.adam == "sparse" and not self.in_factors:
             raise ValueError(f'adam is "sparse" on {device}; expected "dense" there')
         self.config = config
@@ -75,7 +81,7 @@ class Learner:
         """Adam's moments, by parameter; as torch.optim.Adam names them."""
         self._torch_adam = None if self.in_factors else self._make_torch_adam()
         self.screen = ops.Screen(self.parameters["encoder"], self.parameters["b_enc"])
-        """Finds codes on the CPU."""
+        """Finds codes, unless all is plain torch."""
         self.unfired_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
         """Tokens since each feature last fired."""
         self.threshold = 0.0
@@ -173,7 +179,13 @@ class Learner:
         self._follow_threshold(codes.values)
 
         scale = 2.0 / error.numel()
-        differentiate = factored.gradients if self.in_factors else dense.gradients
+        differentiate = (
+            factored.gradients
+            if self.in_factors
+            else by_kernels.gradients
+            if self.by_kernels
+            else dense.gradients
+        )
         gradients, aux_loss = differentiate(
             forward.parts, x, self._weights(), error, scale, auxiliary
         )
@@ -191,12 +203,12 @@ class Learner:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
     def _finder(self) -> Finder:
-        if self.in_factors:
+        if self.in_factors or self.by_kernels:
             return self.screen
         return DenseFinder(self.parameters["encoder"], self.parameters["b_enc"])
 
     def _decode(self, codes: SparseCodes) -> Tensor:
-        if self.in_factors:
+        if self.in_factors or self.by_kernels:
             return ops.decode(codes, self.decoder)
         return dense.decode(codes, self.decoder)
 
