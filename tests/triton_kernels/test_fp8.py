@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 
+from r1sae_fast.r1 import fp8_operations
 from r1sae_fast.r1.fp8 import dequantize_blocks, quantize_blocks
 from r1sae_fast.r1.fp8_linear import ReferenceKernels, fp8_kernels
 from r1sae_fast.triton_kernels import block_fp8_gemm as gemm
@@ -215,9 +216,26 @@ def test_the_engines_kernels_are_the_formulas(
     )
 
 
-def test_gpus_take_them() -> None:
-    assert isinstance(fp8_kernels(torch.device("cuda")), TritonFp8Kernels)
+def test_gpus_take_them_as_operations() -> None:
+    assert isinstance(fp8_kernels(torch.device("cuda")), fp8_operations.OperationKernels)
     assert fp8_kernels(torch.device("cpu")) is None
+    assert isinstance(fp8_operations._kernels(), TritonFp8Kernels)
+
+
+def test_the_operations_cuda_functions_are_the_formulas(device: torch.device) -> None:
+    values, scales, weight, weight_scales = (t.to(device) for t in operands(6, 130, 200, 3))
+    formulas, cuda = ReferenceKernels(), fp8_operations.KERNELS
+    x = values.float()
+    for mine, theirs in zip(
+        cuda["fp8_act_quant"](x, 128), formulas.quantize_activations(x, 128), strict=True
+    ):
+        assert torch.equal(mine.float(), theirs.float())
+    product = (values, scales, weight, weight_scales)
+    torch.testing.assert_close(
+        cuda["fp8_linear"](*product, [128, 128], torch.float32),
+        formulas.linear(*product, (128, 128), torch.float32),
+        rtol=1e-5, atol=1e-4,
+    )  # fmt: skip
 
 
 @pytest.mark.usefixtures("guarded", "grid_order")

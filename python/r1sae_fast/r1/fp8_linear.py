@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from r1sae_fast.ops._device import has_triton
 from r1sae_fast.r1.act_quant import fake_quantize_activations, quantize_activations
 from r1sae_fast.r1.fp8 import BLOCK_SIZE, FP8_DTYPE, dequantize_blocks, scale_shape
 
@@ -88,11 +89,11 @@ def fp8_kernels(device: torch.device) -> Fp8Kernels | None:
 
 
 def _triton_kernels() -> Fp8Kernels | None:
-    try:
-        from r1sae_fast.triton_kernels.fp8_kernels import TritonFp8Kernels
-    except ImportError:
+    if not has_triton():
         return None
-    return TritonFp8Kernels()
+    from r1sae_fast.r1.fp8_operations import OperationKernels
+
+    return OperationKernels()
 
 
 class ReferenceKernels:
