@@ -1,4 +1,8 @@
-"""The kernels on this machine's GPU beside torch and sparsify, if installed: make bench-gpu."""
+"""The kernels on this machine's GPU beside torch, sparsify and flex-sae: make bench-gpu.
+
+sparsify where it is installed (``eai-sparsify``); flex-sae where ``kernels``, Hugging Face's loader
+of published kernels, is: its first use downloads them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from r1sae_fast import FastSAE, SaeConfig
 
 D_IN, D_SAE, K = 7168, 28672, 64
 
@@ -51,20 +57,102 @@ def forward(name: str, weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor
             return sparsify.decoder_impl(found[1], found[0], weight.mT)
 
         return peer
-    from r1sae_fast.triton_kernels.decode import decode
-    from r1sae_fast.triton_kernels.encode_topk import encode_topk
-    from r1sae_fast.triton_kernels.int8_screen import int8_screen_topk, screened_weights
+    sae = ours(weight, bias)
+    with torch.no_grad():
+        sae(x)  # rounds the weights where they are screened
+    return lambda: torch.no_grad()(sae)(x)
 
-    if x.dtype == torch.float32:
-        screened = screened_weights(weight, bias)
-        return lambda: decode(*int8_screen_topk(x, screened, K)[0], weight)
 
-    def kernels() -> torch.Tensor:
-        found = encode_topk(x, weight.T, bias, K)
-        offsets = torch.arange(0, x.shape[0] * K + 1, K, device="cuda")
-        return decode(found.values.view(-1), found.indices.view(-1), offsets, weight)
+def ours(weight: torch.Tensor, bias: torch.Tensor) -> FastSAE:
+    """What a user has; float32 is screened, bf16 is not."""
+    config = SaeConfig(D_IN, D_SAE, K, "topk", tied=True)
+    b_dec = torch.zeros(D_IN, device="cuda", dtype=weight.dtype)
+    sae = FastSAE.from_tensors(config, weight, bias, b_dec)
+    sae.check_finite = False
+    return sae
 
-    return kernels
+
+def flex_loss() -> Any:
+    """flex-sae's published entry point: squared error of decoding, by Triton."""
+    kernels = pytest.importorskip("kernels", reason="flex-sae needs the package kernels")
+    return kernels.get_kernel("t-tech/flex-sae").triton_topk_sae_loss
+
+
+def codes_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+    values, indices = (x @ weight.T + bias).relu().topk(K, dim=-1)
+    return values, indices
+
+
+@pytest.mark.parametrize("rows", [512, 4096, 32768])
+@pytest.mark.parametrize("name", ["ours", "flex"])
+def test_decode_and_error(
+    benchmark: Any, weights: tuple[torch.Tensor, torch.Tensor], rows: int, name: str
+) -> None:
+    """What flex-sae has: from codes to the squared error."""
+    weight, bias = weights
+    benchmark.group = f"decode and error, {rows} rows, {weight.dtype}"
+    x = torch.randn(rows, D_IN, device="cuda", dtype=weight.dtype)
+    values, indices = codes_of(x, weight, bias)
+    b_dec = torch.zeros(D_IN, device="cuda", dtype=weight.dtype)
+    if name == "flex":
+        loss = flex_loss()
+        timed(benchmark, lambda: loss(indices, weight, values, b_dec, x))
+        return
+    from r1sae_fast.triton_kernels.decode import decode_error
+
+    offsets = torch.arange(0, rows * K + 1, K, device="cuda")
+    given = (values.reshape(-1), indices.reshape(-1).int(), offsets, weight, x, b_dec)
+    timed(benchmark, lambda: decode_error(*given, write_output=False, write_error=False)[2].sum())
+
+
+@pytest.mark.parametrize("rows", [512, 4096])
+@pytest.mark.parametrize("name", ["ours", "torch", "sparsify", "flex"])
+def test_step(
+    benchmark: Any, weights: tuple[torch.Tensor, torch.Tensor], rows: int, name: str
+) -> None:
+    """Forward, squared error and backward."""
+    weight, bias = weights
+    benchmark.group = f"forward and backward, {rows} rows, {weight.dtype}"
+    x = torch.randn(rows, D_IN, device="cuda", dtype=weight.dtype)
+    decoder = weight.clone().requires_grad_()
+    encoder, b_enc = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    b_dec = torch.zeros(D_IN, device="cuda", dtype=weight.dtype, requires_grad=True)
+    if name == "ours":
+        config = SaeConfig(D_IN, D_SAE, K, "topk")
+        sae = FastSAE.from_tensors(config, weight.clone(), bias, b_dec.detach(), weight.clone().T)
+        sae.check_finite = False
+        error: Callable[[], torch.Tensor] = lambda: (sae(x)[0] - x).square().mean()  # noqa: E731
+        parameters = list(sae.parameters())
+    else:
+        parameters = [encoder, b_enc, decoder, b_dec]
+        if name == "sparsify":
+            sparsify = pytest.importorskip("sparsify.sparse_coder")
+
+            def error() -> torch.Tensor:
+                found = sparsify.fused_encoder(x, encoder, b_enc, K, "topk")
+                decoded = sparsify.decoder_impl(found[1], found[0], decoder.mT)
+                return (decoded + b_dec - x).square().mean()
+        elif name == "flex":
+            loss = flex_loss()
+
+            def error() -> torch.Tensor:
+                values, indices = codes_of(x, encoder, b_enc)
+                found: torch.Tensor = loss(indices, decoder, values, b_dec, x)
+                return found
+        else:
+
+            def error() -> torch.Tensor:
+                pre = (x @ encoder.T + b_enc).relu()
+                values, indices = pre.topk(K, dim=-1)
+                dense = torch.zeros_like(pre).scatter(1, indices, values)
+                return (dense @ decoder + b_dec - x).square().mean()
+
+    def step() -> None:
+        error().backward()
+        for parameter in parameters:
+            parameter.grad = None
+
+    timed(benchmark, step)
 
 
 @pytest.mark.parametrize("rows", [512, 4096, 32768])
