@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,32 +35,45 @@ def grid_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 CANARY = 64
 """Elements before and after a guarded buffer."""
 
-Guard = Callable[[torch.Tensor], torch.Tensor]
+
+class Canaries:
+    """Buffers with a guard on both sides."""
+
+    def __init__(self) -> None:
+        self.buffers: list[torch.Tensor] = []
+
+    def around(self, wanted: torch.Tensor) -> torch.Tensor:
+        """A buffer like ``wanted`` within a larger one, all of it poisoned."""
+        whole = torch.empty(
+            wanted.numel() + 2 * CANARY, dtype=wanted.dtype, device=wanted.device
+        ).fill_(poison(wanted.dtype))
+        self.buffers.append(whole)
+        return whole[CANARY : CANARY + wanted.numel()].view(wanted.shape)
+
+    def check(self) -> None:
+        """Fails if a guard was written to, or if nothing was guarded."""
+        assert self.buffers, "no buffer was made by new_empty: nothing was guarded"
+        for whole in self.buffers:
+            for side in (whole[:CANARY], whole[-CANARY:]):
+                expected = torch.full_like(side, poison(side.dtype))
+                assert torch.equal(side.view(torch.uint8), expected.view(torch.uint8)), (
+                    "a kernel wrote outside its buffer"
+                )
 
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every ``new_empty`` (the launchers' outputs and scratch) gets canaries on both sides, checked
     at the end, and is filled with NaN (integers: a huge number) first."""
-    buffers: list[torch.Tensor] = []
+    canaries = Canaries()
     plain = torch.Tensor.new_empty
 
     def new_empty(self: torch.Tensor, *size: object, **options: object) -> torch.Tensor:
-        wanted = plain(self, *size, **options)  # type: ignore[arg-type]
-        whole = plain(self, wanted.numel() + 2 * CANARY, dtype=wanted.dtype)
-        whole.fill_(poison(wanted.dtype))
-        buffers.append(whole)
-        return whole[CANARY : CANARY + wanted.numel()].view(wanted.shape)
+        return canaries.around(plain(self, *size, **options))  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield
-    assert buffers, "no buffer was made by new_empty: nothing was guarded"
-    for whole in buffers:
-        for side in (whole[:CANARY], whole[-CANARY:]):
-            expected = torch.full_like(side, poison(side.dtype))
-            assert torch.equal(side.view(torch.uint8), expected.view(torch.uint8)), (
-                "a kernel wrote outside its buffer"
-            )
+    canaries.check()
 
 
 def poison(dtype: torch.dtype) -> float | int:

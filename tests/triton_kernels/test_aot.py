@@ -16,16 +16,24 @@ from r1sae_fast.triton_kernels.targets import TARGETS
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def run(command: list[str], cache: Path) -> str:
+    """Another process, since this one interprets kernels; what it prints."""
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module", params=list(TARGETS))
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The table of one target; another process, since this one interprets kernels."""
+    """The table of one target."""
     out = tmp_path_factory.mktemp("aot") / "table.json"
-    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    command = [sys.executable, str(ROOT / "benches" / "triton_kernels" / "aot.py")]
-    command += ["--target", request.param, "--json", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = str(ROOT / "benches" / "triton_kernels" / "aot.py")
+    command = [script, "--target", request.param, "--json", str(out)]
+    run(command, tmp_path_factory.mktemp("cache"))
     table = json.loads(out.read_text())
     assert table
     return table
@@ -57,3 +65,12 @@ def test_arithmetic_on_bfloat16_is_found() -> None:
     %8 = arith.maxnumf %5, %5 : bf16
     """
     assert [line.split(" ")[0] for line in ttir_faults(lines)] == ["%6", "%8"]
+
+
+def test_the_gate_finds_what_it_is_there_for(tmp_path: Path) -> None:
+    """A kernel that spills, reads narrowly and adds bfloat16 registers, compiled for real."""
+    report = json.loads(run([str(Path(__file__).with_name("faulty.py"))], tmp_path))
+    assert report["spills"] > 0
+    assert report["wide_loads"] == 0
+    assert any("addf" in line for line in report["ttir_faults"])
+    assert any("mulf" in line for line in report["ttir_faults"])

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from . import shim
-from .conftest import ON_GPU
+from .conftest import ON_GPU, Canaries
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="about the interpreter")
 
@@ -39,6 +39,11 @@ def add_kernel(source, target, SIZE: tl.constexpr):
 def order_kernel(counter, output):
     turn = tl.atomic_add(counter, 1)
     tl.store(output + turn, tl.program_id(0) * tl.num_programs(1) + tl.program_id(1))
+
+
+@triton.jit
+def shifted_kernel(output, shift, SIZE: tl.constexpr):
+    tl.store(output + shift + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
 
 
 def dot(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,3 +140,16 @@ def test_programs_run_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
     orders = [order(1), order(2)]
     assert all(sorted(found) == list(range(6)) for found in orders)
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_canaries_see_writes_on_either_side(shift: int) -> None:
+    canaries = Canaries()
+    with pytest.raises(AssertionError, match="nothing was guarded"):
+        canaries.check()
+    shifted_kernel[(1,)](canaries.around(torch.empty(16)), shift, SIZE=16)
+    if shift:
+        with pytest.raises(AssertionError, match="wrote outside its buffer"):
+            canaries.check()
+    else:
+        canaries.check()
