@@ -17,9 +17,16 @@ from r1sae_fast.train.step import Learner, StepFigures
 CPU = torch.device("cpu")
 
 
-def learner(d_in: int, seed: int, in_factors: bool, settings: dict[str, Any]) -> Learner:
+WAYS = {
+    "torch": {"in_factors": False, "by_kernels": False},
+    "kernels": {"in_factors": False, "by_kernels": True},
+    "factors": {"in_factors": True},
+}
+
+
+def learner(d_in: int, seed: int, way: str, settings: dict[str, Any]) -> Learner:
     """With random weights, so that nothing cancels by the initialisation's symmetry."""
-    mine = Learner(TrainConfig(**settings), d_in, CPU, in_factors=in_factors)
+    mine = Learner(TrainConfig(**settings), d_in, CPU, **WAYS[way])
     generator = torch.Generator().manual_seed(seed)
     for tensor in mine.parameters.values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
@@ -68,7 +75,7 @@ MATRYOSHKA: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("in_factors", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
 @given(
     rows=st.integers(1, 70),
@@ -77,7 +84,7 @@ MATRYOSHKA: list[dict[str, Any]] = [
     seed=st.integers(0, 2**32),
 )
 def test_gradients_are_those_of_the_definition(
-    in_factors: bool, settings: dict[str, Any], rows: int, d_in: int, dead: int, seed: int
+    way: str, settings: dict[str, Any], rows: int, d_in: int, dead: int, seed: int
 ) -> None:
     settings = {
         "d_sae": 63,
@@ -85,7 +92,7 @@ def test_gradients_are_those_of_the_definition(
         "aux_k": 2,
         "dead_after_tokens": 1000,
     } | settings
-    mine = learner(d_in, seed, in_factors, settings)
+    mine = learner(d_in, seed, way, settings)
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
     figures, _ = mine.gradients(x)
     quiet = (mine.unfired_tokens > 0).nonzero().flatten()[:dead]
@@ -97,10 +104,10 @@ def test_gradients_are_those_of_the_definition(
     assert_agree(figures, found, loss, expected)
 
 
-@pytest.mark.parametrize("in_factors", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
-def test_rows_without_codes(in_factors: bool, settings: dict[str, Any]) -> None:
-    mine = learner(5, 0, in_factors, {"d_sae": 63} | settings)
+def test_rows_without_codes(way: str, settings: dict[str, Any]) -> None:
+    mine = learner(5, 0, way, {"d_sae": 63} | settings)
     mine.parameters["b_enc"].fill_(-1e3)
     x = torch.ones(3, 5)
     loss, expected = by_autograd(mine, x, torch.empty(0, dtype=torch.int64))
@@ -110,11 +117,11 @@ def test_rows_without_codes(in_factors: bool, settings: dict[str, Any]) -> None:
     assert_agree(figures, found, loss, zeros | expected)
 
 
-@pytest.mark.parametrize("in_factors", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
-def test_equal_features_and_rows(in_factors: bool, settings: dict[str, Any]) -> None:
+def test_equal_features_and_rows(way: str, settings: dict[str, Any]) -> None:
     """Ties go to the lower feature, whose levels differ."""
-    mine = learner(5, 0, in_factors, {"d_sae": 63} | settings)
+    mine = learner(5, 0, way, {"d_sae": 63} | settings)
     mine.parameters["encoder"][:] = mine.parameters["encoder"][:1].abs()
     mine.parameters["b_enc"].fill_(0.25)
     x = torch.ones(7, 5)
