@@ -112,7 +112,7 @@ def test_export(run: Run, database: FeatureDB, tmp_path: Path) -> None:
     [
         (("top", "{db}", "24"), "no feature 24 in"),
         (("top", "{folder}/none.ddb", "1"), "no such file"),
-        (("show", "{folder}", "1"), "a folder; expected a DuckDB file"),
+        (("show", "{folder}", "1"), "holds no feature database (it has"),
         (("search", "{db}", ""), "empty"),
         (("sql", "{db}", "DROP TABLE tokens"), "SQL: "),
         (("build", "{folder}/none", "{folder}/f.ddb"), "no such folder"),

@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a lin
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Build, query, show and export a database of features (one DuckDB file).",
+    help="Build, import, query, show and export a database of features (one DuckDB file).",
 )
 
 
@@ -55,6 +55,44 @@ def build(
         typer.echo(
             f"{database}: {rows:,} tokens, {alive:,} of {db.d_sae:,} features alive, {size:.1f} MB"
         )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A released database: math.ddb, logic.ddb or a sample of these, or the folder "
+            "with the SQLite files of the first release.",
+            show_default=False,
+        ),
+    ],
+    destination: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="The file of labels; default: autointerp.db or .csv beside the source."),
+    ] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="How much memory may be used, such as 2GiB or 700MB.")
+    ] = "2GiB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Sort a released database by feature: any feature is then one short read.
+
+    The file is there whole or not at all. An import that is stopped leaves what was there before,
+    and starts anew when run again.
+    """
+    from r1sae_fast.features import import_database
+    from r1sae_fast.r1.stream.sizes import parse_size, show_size
+
+    done = import_database(
+        source, destination, labels, max_memory=parse_size(max_memory), overwrite=overwrite
+    )
+    typer.echo(
+        f"{destination}: {done.tokens:,} tokens, {done.activations:,} activations of "
+        f"{done.features:,} features, {done.labels:,} labels, "
+        f"{show_size(destination.stat().st_size)}"
+    )
 
 
 @app.command()
@@ -167,7 +205,7 @@ def sql(
 def _open(path: Path) -> FeatureDB:
     from r1sae_fast.features import FeatureDB
 
-    return FeatureDB(path)
+    return FeatureDB.open(path)
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -20,6 +20,7 @@ from r1sae_fast.features.build import Decode, build
 from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
 from r1sae_fast.features.opening import damaged, is_damage, open_for_reading
+from r1sae_fast.features.released import largest_feature, open_source, recognise
 from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
 from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.search import search
@@ -40,8 +41,8 @@ class FeatureDB:
     """A feature database, opened for reading (so several programs may read it at once).
 
     Built ones (:meth:`build`) and Goodfire's released ones: of the latter ``tokens`` and
-    ``activations`` must be in the file; without ``autointerp`` there are no labels (a file of
-    labels beside it, such as the released autointerp.db, is not joined).
+    ``activations`` must be in the file; without ``autointerp`` there are no labels (:meth:`open`
+    joins a file of labels beside it, such as the released autointerp.db).
 
     Args:
         path: the DuckDB file.
@@ -53,13 +54,46 @@ class FeatureDB:
     """
 
     def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
-        self._connection = open_for_reading(self.path)
+        self._use(Path(path), open_for_reading(Path(path)))
+
+    def _use(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
+        self.path = path
+        self._connection = connection
         try:
             self._columns = self._read_columns()
         except BaseException:
             self._connection.close()
             raise
+
+    @classmethod
+    def open(cls, path: StrPath, labels: StrPath | Literal[False] | None = None) -> FeatureDB:
+        """Opens a database of any kind that is known here, and joins the labels beside it.
+
+        - a file that :meth:`build` or ``r1sae features import`` wrote;
+        - Goodfire's ``math.ddb``, ``logic.ddb`` and their samples, with ``autointerp.db`` or
+          ``autointerp.csv`` beside them. The release's tables are in the schema ``ds`` too, so
+          that its notebook's queries run unchanged;
+        - the SQLite files of the first release (``tokens.db``, ``feature_activations.db``,
+          ``autointerp.db``), up to 256 MiB: these are read into memory. Larger ones are to be
+          imported.
+
+        Args:
+            path: the file, or a folder with one database in it; of SQLite files any of them.
+            labels: the file of labels; default: the one beside a database that holds none; False:
+                none.
+
+        Raises:
+            FileNotFoundError: no such file.
+            DatabaseError: a schema that is none of these (the message describes it), a damaged
+                file, or SQLite files too large to be read into memory.
+            ValueError: labels for a database that holds its own.
+        """
+        path = Path(path)
+        chosen = labels if labels is None or labels is False else Path(labels)
+        source = recognise(path, chosen)
+        self = cls.__new__(cls)
+        self._use(source.path, open_source(source))
+        return self
 
     @classmethod
     def build(
@@ -133,7 +167,16 @@ class FeatureDB:
         """The number of features; for a file that does not say, one more than the largest id."""
         if "d_sae" in self.metadata:
             return int(self.metadata["d_sae"])
-        return int(self._fetch("SELECT coalesce(max(feature_id) + 1, 0) FROM activations")[0][0])
+        with self._cursor() as cursor:
+            try:
+                largest = largest_feature(cursor)
+            except duckdb.Error as error:
+                raise damaged(self.path, error) from None
+        if "autointerp" in self._columns:
+            # In a sample of the tokens, a feature may never be active, but have a label.
+            query = "SELECT coalesce(max(feature_id), -1) FROM autointerp"
+            largest = max(largest, int(self._fetch(query)[0][0]))
+        return largest + 1
 
     @cached_property
     def histogram_edges(self) -> tuple[float, ...] | None:
@@ -264,7 +307,7 @@ class FeatureDB:
             raise DatabaseError(
                 f"{self.path}: nothing to search: it has neither labels (table autointerp) nor "
                 "token_lift. Released databases keep their labels in a file of their own "
-                "(autointerp.db), which is not joined: query that one with DuckDB"
+                "(autointerp.db), which FeatureDB.open joins where it lies beside the database"
             )
         return SearchHits(search(self._fetch, self._columns, text)[: max(n, 0)])
 
@@ -360,7 +403,7 @@ class FeatureDB:
         columns: dict[str, set[str]] = {}
         for table, column in self._fetch(
             "SELECT table_name, column_name FROM information_schema.columns "
-            "WHERE table_schema = 'main' ORDER BY ALL"
+            "WHERE table_catalog = current_database() AND table_schema = 'main' ORDER BY ALL"
         ):
             columns.setdefault(table, set()).add(column)
         missing = [table for table in REQUIRED if table not in columns]

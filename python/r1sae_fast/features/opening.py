@@ -30,7 +30,7 @@ def open_for_reading(path: Path) -> duckdb.DuckDBPyConnection:
     try:
         return duckdb.connect(str(path), read_only=True, config=_CONFIG)
     except duckdb.Error as error:
-        raise DatabaseError(_why_not_opened(path, error)) from None
+        raise DatabaseError(why_not_opened(path, error)) from None
 
 
 def _require_duckdb_file(path: Path) -> None:
@@ -63,7 +63,8 @@ def damaged(path: Path, error: Exception) -> DatabaseError:
     return DatabaseError(f"{path}: damaged ({error}); restore it or build it again")
 
 
-def _why_not_opened(path: Path, error: duckdb.Error) -> str:
+def why_not_opened(path: Path, error: duckdb.Error) -> str:
+    """The message of an error while a file is opened."""
     text = str(error)
     if "lock" in text:
         return (
