@@ -24,6 +24,10 @@ class DatabaseError(R1SaeError):
     """A feature database is locked, missing tables, or no database at all."""
 
 
+class FetchError(R1SaeError):
+    """A file can't be fetched, changed meanwhile, or is not what the server said it was."""
+
+
 class TrainingDivergedError(R1SaeError):
     """The loss became NaN or infinite; the last checkpoint stands."""
 

@@ -12,10 +12,10 @@ from r1sae_fast.checkpoints import goodfire, native
 from r1sae_fast.errors import CheckpointError
 from r1sae_fast.sae import FastSAE
 
-__all__ = ["Source", "load"]
+__all__ = ["GOODFIRE_FILE", "GOODFIRE_REPO", "Source", "fetch", "load"]
 
-_GOODFIRE_REPO = "Goodfire/DeepSeek-R1-SAE-l37"
-_GOODFIRE_FILE = "DeepSeek-R1-SAE-l37.pt"
+GOODFIRE_REPO = "Goodfire/DeepSeek-R1-SAE-l37"
+GOODFIRE_FILE = "DeepSeek-R1-SAE-l37.pt"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Source:
     cache_dir: str | PathLike[str] | None = None
     local_files_only: bool = False
     token: str | bool | None = None
+    local_dir: str | PathLike[str] | None = None
+    endpoint: str | None = None
 
 
 def load(
@@ -45,10 +47,10 @@ def load(
             "files use load_math_sae or load_logic_sae (the file doesn't hold k)"
         )
     repo = fspath(repo_or_path)
-    if repo == _GOODFIRE_REPO:
+    if repo == GOODFIRE_REPO:
         return _load_goodfire(source, device, dtype)
-    config = _fetch(repo, native.CONFIG_FILE, source)
-    _fetch(repo, native.WEIGHTS_FILE, source)
+    config = fetch(repo, native.CONFIG_FILE, source)
+    fetch(repo, native.WEIGHTS_FILE, source)
     return native.load(config.parent, device, dtype)
 
 
@@ -58,15 +60,20 @@ def _load_goodfire(
     loaders = {"math": goodfire.load_math_sae, "logic": goodfire.load_logic_sae}
     if source.subfolder not in loaders:
         raise ValueError(
-            f'{_GOODFIRE_REPO} holds two SAEs; expected subfolder="math" or "logic", '
+            f'{GOODFIRE_REPO} holds two SAEs; expected subfolder="math" or "logic", '
             f"found {source.subfolder!r}"
         )
-    path = _fetch(_GOODFIRE_REPO, _GOODFIRE_FILE, source)
+    path = fetch(GOODFIRE_REPO, GOODFIRE_FILE, source)
     loader = loaders[source.subfolder]
     return loader(path, device) if dtype is None else loader(path, device, dtype)
 
 
-def _fetch(repo: str, name: str, source: Source) -> Path:
+def fetch(repo: str, name: str, source: Source) -> Path:
+    """A file of a repository, from the cache where it is there.
+
+    Raises:
+        CheckpointError: it can't be had; says why.
+    """
     from huggingface_hub import errors, hf_hub_download
 
     try:
@@ -79,6 +86,8 @@ def _fetch(repo: str, name: str, source: Source) -> Path:
                 cache_dir=None if source.cache_dir is None else fspath(source.cache_dir),
                 local_files_only=source.local_files_only,
                 token=source.token,
+                local_dir=None if source.local_dir is None else fspath(source.local_dir),
+                endpoint=source.endpoint,
             )
         )
     except errors.HFValidationError as error:

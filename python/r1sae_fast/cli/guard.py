@@ -25,6 +25,7 @@ RESUMABLE = {
     ("train",),
     ("encode",),
     ("examples",),
+    ("fetch",),
     ("demo",),
     ("tiny-r1", "train"),
 }

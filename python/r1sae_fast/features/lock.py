@@ -15,14 +15,14 @@ from r1sae_fast.errors import DatabaseError
 
 
 @contextmanager
-def building_lock(path: Path) -> Iterator[None]:
+def building_lock(path: Path, doing: str = "building this database") -> Iterator[None]:
     """Holds ``<path>.lock.tmp``; the system releases it however the process ends.
 
     Raises:
-        DatabaseError: another build of ``path`` holds it, in this process or another.
+        DatabaseError: another one that is ``doing`` so holds it, in this process or another.
     """
     file = path.with_name(path.name + ".lock.tmp")
-    descriptor = _acquire(file)
+    descriptor = _acquire(file, doing)
     try:
         yield
     finally:
@@ -35,14 +35,13 @@ def building_lock(path: Path) -> Iterator[None]:
                 file.unlink()
 
 
-def _acquire(file: Path) -> int:
+def _acquire(file: Path, doing: str) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _try_lock(descriptor):
                 raise DatabaseError(
-                    f"{file}: another process is building this database; wait for it or choose "
-                    "another path"
+                    f"{file}: another process is {doing}; wait for it or choose another path"
                 )
             # The one before may have removed the file after it was opened here.
             if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
