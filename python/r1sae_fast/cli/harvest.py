@@ -85,13 +85,19 @@ def harvest(
         typer.Option(min=1, help="Instead: so many of the problems that TinyR1 can solve."),
     ] = None,
     mode: Annotated[
-        Mode,
-        typer.Option(help="Let the model answer the prompts, or only read the given texts."),
-    ] = Mode.generate,
+        Mode | None,
+        typer.Option(
+            help="Let the model answer the prompts (default), or only read the given texts (all "
+            "that --engine stream can)."
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after the sequence that reaches so many tokens.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences run together.")] = 64,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Sequences run together; default 64, with --engine stream 1."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most, a sequence.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Nucleus of the draws.")] = 0.95,
@@ -163,6 +169,9 @@ def harvest(
         raise ValueError("--max-memory, --pass-tokens and --scratch are of --engine stream")
     if engine is Engines.hf and fp8 is not Fp8.w8a8:
         raise ValueError("--fp8 is of --engine local and stream")
+    streams = engine is Engines.stream
+    mode = mode or (Mode.prefill if streams else Mode.generate)
+    batch_size = batch_size or (1 if streams else 64)
     source: Iterable[Item] = _problems(tiny_problems or 0, seed)
     if prompts is not None:
         source = read_prompts(prompts)

@@ -160,9 +160,9 @@ def harvest(
                     batch_size=batch_size,
                     rows=left,
                 )
-                if not taken or len(taken) == skip:
+                if not taken:
                     break
-                if len(taken) < skip:  # passes were larger before the run was stopped
+                if len(taken) <= skip:  # passes were larger before the run was stopped
                     skip -= len(taken)
                     done.skip_pass(taken)
                     continue

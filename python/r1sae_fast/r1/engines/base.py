@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.r1.chat import Messages
+from r1sae_fast.r1.fp8_linear import fp8_kernels
 from r1sae_fast.r1.generate import Generation, pad_right
 from r1sae_fast.r1.segments import segments
 from r1sae_fast.r1.shapes import padded
@@ -72,6 +73,13 @@ def checkpoint_name(checkpoint: Path | str) -> str:
     return TINY_R1 if str(checkpoint) == TINY_R1 else Path(checkpoint).resolve().name
 
 
+def describe_fp8(fp8: str, device: torch.device) -> dict[str, Any]:
+    """How a checkpoint in fp8 is computed with, for :meth:`Engine.describe`: whether by kernels,
+    too, whose sums differ from those of dequantised weights."""
+    kernels = fp8 == "w8a8" and fp8_kernels(device) is not None
+    return {"fp8": fp8, **({"fp8_kernels": True} if kernels else {})}
+
+
 def fingerprint(directory: Path) -> str:
     """16 hex digits that tell checkpoints apart without reading all of R1's 641 GiB.
 
@@ -81,7 +89,9 @@ def fingerprint(directory: Path) -> str:
     for name in ("config.json", INDEX_NAME, "tokenizer.json", "tokenizer_config.json"):
         path = directory / name
         digest.update(path.read_bytes() if path.is_file() else b"")
-    for shard in sorted((*directory.glob("model-*.safetensors"), directory / SINGLE_NAME)):
+    named = {*directory.glob("model-*.safetensors"), directory / SINGLE_NAME}
+    others = {*directory.glob("*.safetensors"), *directory.glob("*.bin")} - named
+    for shard in (*sorted(named), *sorted(others)):
         if shard.is_file():
             size = shard.stat().st_size
             digest.update(f"{shard.name} {size}".encode())

@@ -239,6 +239,8 @@ class HfEngine(TappedEngine):
             return torch.zeros(*tokens.shape, self.vocab_size, device=self.device)
         with self._alone(), hooked(self.blocks, run):
             output = self.model(input_ids=torch.where(present, tokens, 0), use_cache=False)
+        if run is not None:
+            run.finish()
         logits: Tensor = output.logits.float()
         return logits.masked_fill(~present[..., None], 0)
 

@@ -12,7 +12,12 @@ from torch import Tensor
 from r1sae_fast.r1.blocks import Fp8Mode
 from r1sae_fast.r1.chat import Tokenizer
 from r1sae_fast.r1.checkpoint import load_model
-from r1sae_fast.r1.engines.base import checkpoint_name, fingerprint, resolve_checkpoint
+from r1sae_fast.r1.engines.base import (
+    checkpoint_name,
+    describe_fp8,
+    fingerprint,
+    resolve_checkpoint,
+)
 from r1sae_fast.r1.engines.tapped import Lengths, TappedEngine, TokenIds
 from r1sae_fast.r1.fp8_linear import WeightCache
 from r1sae_fast.r1.generate import Written, generate_steps
@@ -137,7 +142,8 @@ class LocalEngine(TappedEngine):
     def describe(self) -> dict[str, Any]:
         """The dtype, and how a checkpoint in fp8 is computed with."""
         form = self.model.fp8
-        return {**super().describe(), **({} if form == "none" else {"fp8": form})}
+        fp8 = {} if form == "none" else describe_fp8(form, self.device)
+        return {**super().describe(), **fp8}
 
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer; ValueError where there is none."""

@@ -27,7 +27,13 @@ from r1sae_fast import _core
 from r1sae_fast.r1.blocks import Fp8Mode, check_fp8, empty_block
 from r1sae_fast.r1.chat import Tokenizer
 from r1sae_fast.r1.config import R1Config
-from r1sae_fast.r1.engines.base import Engine, checkpoint_name, fingerprint, resolve_checkpoint
+from r1sae_fast.r1.engines.base import (
+    Engine,
+    checkpoint_name,
+    describe_fp8,
+    fingerprint,
+    resolve_checkpoint,
+)
 from r1sae_fast.r1.fp8_linear import fp8_kernels
 from r1sae_fast.r1.layout import block_specs
 from r1sae_fast.r1.stream.batches import MicroBatch, identity, micro_batches, shape_of
@@ -197,7 +203,7 @@ class StreamEngine(Engine):
     def describe(self) -> dict[str, Any]:
         """As the resident engine: the rows are the same, so one may go on where the other
         stopped."""
-        fp8 = {"fp8": self.fp8} if self._is_quantised else {}
+        fp8 = describe_fp8(self.fp8, self._device) if self._is_quantised else {}
         return {**super().describe(), **fp8}
 
     @property
@@ -272,6 +278,8 @@ class StreamEngine(Engine):
         self, batches: Sequence[MicroBatch], start: int, layer: int, batch_size: int
     ) -> Hidden:
         rows = batches[-1].first + batches[-1].rows
+        if layer == 0:  # nothing comes between blocks
+            return MemoryHidden(0, self.hidden_size, self._dtype)
         if self._scratch_path is None:
             return MemoryHidden(rows, self.hidden_size, self._dtype)
         if self._scratch is None:

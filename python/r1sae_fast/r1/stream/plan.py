@@ -183,11 +183,13 @@ def make_plan(model: Model, shape: Shape, budget: Budget, speeds: Speeds) -> Str
         least = min(plans, key=lambda plan: plan.peak)
         parts = ", ".join(f"{name} {show_size(size)}" for name, size in least.memory.items())
         sequences, length = max(shape.batches, key=lambda batch: batch[0] * batch[1])
+        instead = "make the batches smaller (--batch-size)"
+        if sequences == 1:
+            instead = "shorten the texts that are so long"
         raise ValueError(
             f"the memory cap of {show_size(budget.cap or 0)} is too small: at least "
             f"{_round_up(least.peak)} is needed for batches of {sequences} sequences of up to "
-            f"{length} tokens ({parts}); raise --max-memory, or make the batches smaller "
-            "(--batch-size)"
+            f"{length} tokens ({parts}); raise --max-memory, or {instead}"
         )
     return min(fitting, key=lambda plan: (plan.seconds["whole"], plan.peak))
 

@@ -164,6 +164,7 @@ class FileHidden:
         self._written: dict[int, Future[None]] = {}
         self._next: tuple[int, int, Future[Tensor]] | None = None
         self._unsynced = 0
+        self._failed: BaseException | None = None
 
     def read(self, first: int, rows: int) -> Tensor:
         """See :class:`Hidden`."""
@@ -207,13 +208,23 @@ class FileHidden:
         self._written[first] = future
 
     def _write(self, start: int, values: Tensor) -> None:
+        self._go_on()
         view = _view(values)
         done = 0
-        while done < len(view):
-            done += os.pwrite(self._file, view[done:], start + done)
-        self._unsynced += len(view)
-        if self._unsynced >= _SYNC_BYTES:
-            self._sync()
+        try:
+            while done < len(view):
+                done += os.pwrite(self._file, view[done:], start + done)
+            self._unsynced += len(view)
+            if self._unsynced >= _SYNC_BYTES:
+                self._sync()
+        except BaseException as error:
+            self._failed = error
+            raise
+
+    def _go_on(self) -> None:
+        """What stands in line behind a write that failed must not happen, a commit least of all."""
+        if self._failed is not None:
+            raise self._failed
 
     def _sync(self) -> None:
         getattr(os, "fdatasync", os.fsync)(self._file)
@@ -227,6 +238,7 @@ class FileHidden:
         self._writing.append(self._writer.submit(self._commit, self.blocks))
 
     def _commit(self, blocks: int) -> None:
+        self._go_on()
         self._sync()
         state = {
             "format": _FORMAT,
