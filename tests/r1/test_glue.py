@@ -109,6 +109,8 @@ def test_routing(seed: int, tokens: int, shape: tuple[int, ...], normalise: bool
 def test_attention_on_the_cache(
     dtype: torch.dtype, new: int, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(glue, "_ATTENDED", DTYPES)
+    monkeypatch.setattr(glue, "_FEW_HEADS", 16)
     config = R1Config(
         hidden_size=64,
         num_attention_heads=heads,

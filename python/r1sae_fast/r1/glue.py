@@ -70,8 +70,12 @@ def latents_(rows: Tensor, weight: Tensor, eps: float, rotary: Tensor) -> bool:
     return True
 
 
-# With more heads torch's attention, which multiplies matrices, is the faster one.
-_FEW_HEADS = 16
+# With more heads torch's attention, which multiplies matrices, is the faster one, and in float32 at
+# any number. Waking a second thread while torch's own still spin costs more than it saves on a
+# small batch. (Measured, DESIGN.md.)
+_FEW_HEADS = 8
+_ATTENDED = (torch.bfloat16,)
+_SMALL_BATCH = 64
 
 
 def attend(
@@ -88,9 +92,9 @@ def attend(
         slots: int64 [batch, new]; a token sees those up to its own.
     """
     heads, _, rank = absorbed.shape
-    if heads * rows.shape[1] > _FEW_HEADS or not slots.is_contiguous():
+    if heads * rows.shape[1] > _FEW_HEADS or rows.dtype not in _ATTENDED:
         return None
-    if not serves(cache, rows, absorbed, query):
+    if not slots.is_contiguous() or not serves(cache, rows, absorbed, query):
         return None
     output = torch.empty_like(absorbed)
     _core.r1_attend(
@@ -102,7 +106,7 @@ def attend(
         array(output.view(heads, -1)),
         rank,
         scale,
-        torch.get_num_threads(),
+        1 if slots.numel() <= _SMALL_BATCH else torch.get_num_threads(),
     )
     return output
 

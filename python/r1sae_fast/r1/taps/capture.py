@@ -16,7 +16,6 @@ from r1sae_fast.r1.taps.where import Forward, Index, Positions, Segments, make_w
 from r1sae_fast.sae import FastSAE, Mode
 
 _TOGETHER = 512
-_CACHE = 2 << 20
 
 
 def _rows(waiting: tuple[Tensor, Index]) -> int:
@@ -158,7 +157,7 @@ class Capture(Tap):
         rows = torch.cat([rows for rows, _ in waiting]) if len(waiting) > 1 else waiting[0][0]
         try:
             with selecting(sae, self.mode):
-                self._codes += map(sae.encode_sparse, torch.split(rows, self._at_once(sae, rows)))
+                self._codes.append(sae.encode_sparse(rows))
         except NonFiniteError:
             bad = torch.isfinite(rows).all(1).logical_not().nonzero()
             if not len(bad):
@@ -171,14 +170,6 @@ class Capture(Tap):
                 f"of sequence {sequence}; the checkpoint is damaged, or its numbers "
                 "leave the range of this dtype: try float32"
             ) from None
-
-    def _at_once(self, sae: FastSAE, rows: Tensor) -> int:
-        """How many rows are encoded together: of a small SAE so many that their pre-activations
-        stay in a core's cache, as its weights do."""
-        small = sae.W_enc.nbytes <= _CACHE // 2 and rows.device.type == "cpu"
-        if self.mode == "batch_topk" or not small:
-            return max(rows.shape[0], 1)
-        return max(_CACHE // (sae.d_sae * rows.itemsize), _TOGETHER)
 
     # -- what was read ------------------------------------------------------------------------
 
