@@ -16,7 +16,8 @@ from r1sae_fast.r1.segments import Segment
 SEGMENTS = tuple(segment.name.lower() for segment in Segment)
 """Names in the order in which they are counted; the last is "unknown"."""
 _COUNT = len(SEGMENTS)
-_CHUNK_NUMBERS = 1 << 22  # 32 MiB in float64
+# 1 MiB in float64: what is made on the way stays in the cache, and in memory that is used again.
+_CHUNK_NUMBERS = 1 << 17
 
 
 def segment_places(segment: Tensor) -> Tensor:
