@@ -92,8 +92,8 @@ KINDS = [
     ("rule", "kind"),
     [
         *(("topk", kind) for kind in KINDS),
-        *(("batch_topk", kind) for kind in ("outliers", "zero", "same features")),
-        *(("threshold", kind) for kind in ("random", "tiny", "one dimension")),
+        *(("batch_topk", kind) for kind in ("zero", "same features")),
+        *(("threshold", kind) for kind in ("tiny", "one dimension")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -136,7 +136,7 @@ def test_a_broken_certificate_is_seen(
 ) -> None:
     monkeypatch.setattr(int8_screen, "CERTAINTY", 0.0)
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 64, generator=generator), torch.randn(96, 64, generator=generator)
+    x, weight = torch.randn(3, 32, generator=generator), torch.randn(50, 32, generator=generator)
     found = check(rule, x.to(device), weight.to(device), None, 5)
     assert found.violations > 0
     assert found.exact_rows == 3
@@ -149,7 +149,7 @@ def test_lower_bounds_that_lie_are_seen(
     plain = int8_encode.row_bounds
     monkeypatch.setattr(int8_encode, "row_bounds", lambda *given: plain(*given) + 100)
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(3, 64, generator=generator), torch.randn(96, 64, generator=generator)
+    x, weight = torch.randn(3, 32, generator=generator), torch.randn(50, 32, generator=generator)
     assert check("topk", x.to(device), weight.to(device), None, 5).violations > 0
 
 
