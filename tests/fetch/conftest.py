@@ -77,6 +77,7 @@ class Answer:
     headers: dict[str, str]
     body: bytes
     number: int  # of GET requests so far, this one included
+    heads: int  # of HEAD requests
     cut_after: int | None = None  # bytes of the body, then the connection ends
     at_a_time: int = 1 << 20  # bytes written at once
 
@@ -91,6 +92,7 @@ class Proxy:
         self.mischief: Mischief = lambda answer: None
         self.served = 0  # bytes of bodies
         self.gets = 0
+        self.heads = 0
         self.ranges: list[str] = []
         self.limit: int | None = None  # once so much was served, answers are held back
         self.full = threading.Event()
@@ -137,8 +139,10 @@ class Proxy:
             if handler.command == "GET":
                 self.gets += 1
                 self.ranges.append(wanted.get("Range", ""))
-            number = self.gets
-        answer = Answer(handler.command, handler.path, reply.status, headers, body, number)
+            else:
+                self.heads += 1
+            number, heads = self.gets, self.heads
+        answer = Answer(handler.command, handler.path, reply.status, headers, body, number, heads)
         self.mischief(answer)
         handler.send_response(answer.status)
         for name, value in answer.headers.items():

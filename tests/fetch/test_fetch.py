@@ -74,8 +74,11 @@ def test_any_size(s3: Any, content: bytes, tmp_path: Path, size: int) -> None:
     assert not fetch(s3.url, path)  # there already
 
 
+# Fewer answers without a byte than a range has tries: however requests fall, none gives up.
+
+
 def cut(answer: Answer) -> None:
-    if answer.method == "GET" and answer.number % 3:
+    if answer.method == "GET" and answer.number % 3 and answer.number <= 50:
         answer.cut_after = len(answer.body) * (answer.number % 7) // 8
 
 
@@ -85,19 +88,19 @@ def slow(answer: Answer) -> None:
 
 def too_short(answer: Answer) -> None:
     """The server says, and sends, less than was asked for."""
-    if answer.method == "GET" and answer.number % 2:
+    if answer.method == "GET" and answer.number in (1, 3, 5, 7, 9, 11):
         answer.body = answer.body[:1000]
         answer.headers["Content-Length"] = "1000"
 
 
 def too_long(answer: Answer) -> None:
-    if answer.method == "GET" and answer.number % 2:
+    if answer.method == "GET" and answer.number in (1, 3, 5, 7, 9, 11):
         answer.body += b"more"
         answer.headers["Content-Length"] = str(len(answer.body))
 
 
 def unavailable(answer: Answer) -> None:
-    if answer.number % 4 == 1 or (answer.method == "HEAD" and random.random() < 0.5):
+    if answer.number in (1, 2, 5, 9, 13, 17) or (answer.method == "HEAD" and answer.heads <= 3):
         answer.status, answer.body = 503, b""
         answer.headers = {"Content-Length": "0"}
 
@@ -122,7 +125,7 @@ def test_a_stalled_connection_is_made_anew(stored: bytes, proxy: Any, tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(downloading, "_wait", given_up)
-        assert fetch(proxy.url, path, read_timeout=timedelta(milliseconds=300))
+        assert fetch(proxy.url, path, read_timeout=timedelta(seconds=2))
     assert path.read_bytes() == stored
 
 
