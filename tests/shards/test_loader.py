@@ -348,6 +348,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
 WIDE, WIDE_ROWS = 1024, 1000
 
 
+@pytest.fixture(autouse=True)
+def batches_of_any_size_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1sae_fast.shards.loader._AHEAD_BYTES", 256 << 10)
+
+
 @pytest.mark.parametrize("prefetch", [0, 1, 3, 50])
 @pytest.mark.parametrize("options", [{}, {"shuffle": False}, {"blocks": (100, 2)}])
 def test_reading_ahead_changes_nothing(

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from r1sae_fast.shards.activations import ActivationBatch, ActivationShards
 
 _U64 = 2**64
-# Smaller batches are read quicker than a thread is told to.
-_AHEAD_BYTES = 256 << 10
+# Smaller batches are in memory quicker than a thread is told to fetch them.
+_AHEAD_BYTES = 8 << 20
 
 
 class Place(NamedTuple):
@@ -223,7 +223,7 @@ class _Ahead:
         self._pending: deque[tuple[Place, Future[ActivationBatch]]] = deque()
         self._thread: ThreadPoolExecutor | None = None
         size = loader.batch_size * loader.shards.row_bytes
-        if loader.prefetch and size >= _AHEAD_BYTES:
+        if loader.prefetch and (size >= _AHEAD_BYTES or loader.shards.is_cold):
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="r1sae-shards")
 
     def get(self, place: Place) -> ActivationBatch:
