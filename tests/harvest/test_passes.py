@@ -111,7 +111,7 @@ def test_stopped_within_a_pass(
 
 
 @pytest.mark.parametrize("pass_tokens", [0, 20, 40])
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
+@pytest.mark.parametrize("stop_after", [1, 2])
 def test_another_engine_goes_on_with_smaller_passes(
     pass_engine: PassEngine,
     engine: LocalEngine,
