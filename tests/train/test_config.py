@@ -26,7 +26,18 @@ from r1sae_fast.train import TrainConfig
         ({"gradient_clip": 0.0}, "gradient_clip is 0"),
         ({"outlier_factor": 0.5}, "outlier_factor is 0.5"),
         ({"aux_k": 0}, "aux_k is 0"),
-        ({"matryoshka_widths": (8, 64)}, "is given with mode 'batch_topk'; expected mode"),
+        ({"matryoshka_widths": (8, 64)}, "given with mode 'batch_topk'; it is for matryoshka"),
+        ({"k": None}, "k is missing: mode batch_topk needs"),
+        ({"mode": "jumprelu", "k": None}, "k is missing: mode jumprelu, sparsity_loss target"),
+        ({"mode": "relu"}, "k is 4 with mode relu, in which sparsity_coefficient decides"),
+        ({"mode": "jumprelu", "sparsity_loss": "l0"}, "k is 4 with mode jumprelu, .* l0, in which"),
+        ({"mode": "jumprelu", "sparsity_loss": "l1"}, "sparsity_loss is 'l1'; expected one of"),
+        ({"mode": "jumprelu", "tanh_scale": 2.0}, "tanh_scale is given with .* 'target'"),
+        ({"mode": "jumprelu", "bandwidth": 0.0}, "bandwidth is 0"),
+        ({"mode": "jumprelu", "threshold_decay": 0.5}, "threshold_decay is given with mode 'jump"),
+        ({"mode": "relu", "k": None, "tied": True}, 'tied is True with mode "relu"'),
+        ({"mode": "relu", "k": None, "bandwidth": 0.1}, "with mode 'relu'; it is for jumprelu"),
+        ({"sparsity_coefficient": 0.1}, "it is for jumprelu and relu"),
         ({"mode": "matryoshka", "matryoshka_widths": (8, 8, 64)}, r"8, 64\]; expected numbers"),
         ({"mode": "matryoshka", "matryoshka_widths": [8, 63]}, "that rise to d_sae = 64"),
         ({"mode": "matryoshka", "matryoshka_widths": ()}, "that rise to d_sae = 64"),
@@ -76,6 +87,15 @@ def test_schedule(tokens: int, batch_size: int, warmup: float, decay: float) -> 
     top = rates.index(max(rates))
     assert rates[: top + 1] == sorted(rates[: top + 1])
     assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_the_sparsity_loss_warms_up() -> None:
+    settings: dict[str, Any] = {"d_sae": 64, "mode": "jumprelu", "tokens": 100, "batch_size": 1}
+    quick = TrainConfig(k=4, sparsity_warmup=0.1, **settings)
+    assert [quick.sparsity_share(step) for step in (0, 4, 9, 99)] == [0.1, 0.5, 1.0, 1.0]
+    assert TrainConfig(k=4, sparsity_warmup=0.0, **settings).sparsity_share(0) == 1.0
+    tanh = TrainConfig(sparsity_loss="tanh", **settings)
+    assert tanh.sparsity_share(49) == 0.5
 
 
 def test_schedule_in_numbers() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.optim import FactoredGradient
-from r1sae_fast.train import TrainConfig
+from r1sae_fast.train import TrainConfig, gradients
 from r1sae_fast.train.losses import LOSSES
 from r1sae_fast.train.step import Learner, StepFigures
 
@@ -37,7 +37,7 @@ def by_autograd(of: Learner, x: Tensor, dead: Tensor) -> tuple[Tensor, dict[str,
     """The loss without the auxiliary one, and the gradients of both."""
     config = of.config
     weights = {name: tensor.clone().requires_grad_() for name, tensor in of.parameters.items()}
-    defined = LOSSES[config.mode].definition(weights, x, config, 1.0)
+    defined = LOSSES[config.mode].definition(weights, x, config, SHARE)
     total = defined.loss
     if len(dead):
         decoder = weights.get("decoder", weights["encoder"])
@@ -74,9 +74,31 @@ MATRYOSHKA: list[dict[str, Any]] = [
     {"mode": "matryoshka", "k": 2, "matryoshka_widths": (63,), "tied": True},
 ]
 
+RELU: list[dict[str, Any]] = [{"mode": "relu", "sparsity_coefficient": 0.5}]
+JUMPRELU: list[dict[str, Any]] = [
+    {"mode": "jumprelu", "k": 3, "bandwidth": 0.4},
+    {
+        "mode": "jumprelu",
+        "sparsity_loss": "l0",
+        "sparsity_coefficient": 0.1,
+        "bandwidth": 0.2,
+        "tied": True,
+    },
+    {
+        "mode": "jumprelu",
+        "sparsity_loss": "tanh",
+        "sparsity_coefficient": 0.1,
+        "bandwidth": 1.5,
+        "tanh_scale": 2.0,
+    },
+]
+ALL = [*MATRYOSHKA, *RELU, *JUMPRELU]
+SHARE = 0.75
+"""Of the sparsity loss."""
+
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 @given(
     rows=st.integers(1, 70),
     d_in=st.sampled_from([1, 5, 63]),
@@ -94,31 +116,31 @@ def test_gradients_are_those_of_the_definition(
     } | settings
     mine = learner(d_in, seed, way, settings)
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed))
-    figures, _ = mine.gradients(x)
+    figures, _ = mine.gradients(x, SHARE)
     quiet = (mine.unfired_tokens > 0).nonzero().flatten()[:dead]
     mine.unfired_tokens.zero_()
     mine.unfired_tokens[quiet] = 1000
     loss, expected = by_autograd(mine, x, quiet)
-    figures, found = mine.gradients(x)
+    figures, found = mine.gradients(x, SHARE)
     assert figures.dead == len(quiet)
     assert_agree(figures, found, loss, expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 def test_rows_without_codes(way: str, settings: dict[str, Any]) -> None:
     mine = learner(5, 0, way, {"d_sae": 63} | settings)
     mine.parameters["b_enc"].fill_(-1e3)
     x = torch.ones(3, 5)
     loss, expected = by_autograd(mine, x, torch.empty(0, dtype=torch.int64))
-    figures, found = mine.gradients(x)
+    figures, found = mine.gradients(x, SHARE)
     assert figures.l0 == 0.0
     zeros = {name: torch.zeros_like(tensor) for name, tensor in mine.parameters.items()}
     assert_agree(figures, found, loss, zeros | expected)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("settings", MATRYOSHKA, ids=str)
+@pytest.mark.parametrize("settings", ALL, ids=str)
 def test_equal_features_and_rows(way: str, settings: dict[str, Any]) -> None:
     """Ties go to the lower feature, whose levels differ."""
     mine = learner(5, 0, way, {"d_sae": 63} | settings)
@@ -126,8 +148,45 @@ def test_equal_features_and_rows(way: str, settings: dict[str, Any]) -> None:
     mine.parameters["b_enc"].fill_(0.25)
     x = torch.ones(7, 5)
     loss, expected = by_autograd(mine, x, torch.empty(0, dtype=torch.int64))
-    figures, found = mine.gradients(x)
+    figures, found = mine.gradients(x, SHARE)
     assert_agree(figures, found, loss, expected)
+
+
+@pytest.mark.parametrize("settings", [*RELU, *JUMPRELU], ids=str)
+def test_few_codes_and_many_are_found_and_summed_alike(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a screen and sums over codes, or by dense products."""
+    results = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(gradients, "DENSE_SHARE", share)
+        mine = learner(63, 0, "factors", {"d_sae": 123} | settings)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            mine.step(torch.randn(20, 63, generator=generator), 1e-3, SHARE)
+        results.append(mine.parameters)
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_jumprelu_begins_with_k_codes_a_row() -> None:
+    mine = Learner(TrainConfig(d_sae=64, k=5, mode="jumprelu"), 16, CPU)
+    x = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    mine.start(x)
+    assert mine.gradients(x)[0].l0 == pytest.approx(5, abs=0.1)
+    assert mine.mean_threshold is None
+
+
+def test_thresholds_rise_where_there_are_too_many_codes_and_fall_where_too_few() -> None:
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+
+    def l0(k: int) -> float:
+        config = TrainConfig(d_sae=64, k=k, mode="jumprelu", bandwidth=0.2, aux_coefficient=0.0)
+        mine = Learner(config, 16, CPU)
+        return [mine.step(x, 1e-2).l0 for _ in range(200)][-1]
+
+    assert l0(2) == pytest.approx(2, rel=0.25)
+    assert l0(8) == pytest.approx(8, rel=0.25)
 
 
 def test_the_first_features_of_matryoshka_do_alone() -> None:

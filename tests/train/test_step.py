@@ -182,6 +182,19 @@ def test_sparse_adam_is_refused_where_it_can_t_be() -> None:
         learner(16, 0, way="torch", d_sae=64, k=2, adam="sparse")
 
 
+def test_features_fall_asleep_beside_those_of_matrix_products() -> None:
+    """A feature that never moved sleeps (see the Rust core)."""
+    mine = learner(8, 0, d_sae=16, k=4, aux_coefficient=0.0)
+    mine.parameters["b_enc"][:4] = -1e3
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(25):
+        found = mine.gradients(torch.randn(20, 8, generator=generator))[1]["encoder"]
+        assert isinstance(found, FactoredGradient)
+        assert found.products
+        mine.step(torch.randn(20, 8, generator=generator), 1e-2)
+    assert bool((mine.adam_state["encoder"]["asleep"][:4] > 0).all())
+
+
 def test_the_decoder_keeps_unit_rows_and_its_gradient_only_turns_them() -> None:
     mine = Learner(TrainConfig(d_sae=64, k=4), 16, CPU)
     x = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))

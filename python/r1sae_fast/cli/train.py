@@ -19,11 +19,25 @@ def train(
         Path | None, typer.Argument(help="Folder for the SAE, its metrics and checkpoint.")
     ] = None,
     d_sae: Annotated[int, typer.Option(help="Number of features.")] = 4096,
-    k: Annotated[int, typer.Option("--k", "-k", help="Codes a row, on average.")] = 16,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            "--k", "-k", help="Codes a row, on average; default 16 where the mode has a k."
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option(help="Rows to train on in all; the shards are repeated as needed.")
     ] = 10_000_000,
-    mode: Annotated[str, typer.Option(help="batch_topk, topk or matryoshka.")] = "batch_topk",
+    mode: Annotated[
+        str, typer.Option(help="batch_topk, topk, matryoshka, jumprelu or relu.")
+    ] = "batch_topk",
+    sparsity_loss: Annotated[
+        str | None,
+        typer.Option(help="Of jumprelu: target (aims at k), l0 or tanh (weighed against error)."),
+    ] = None,
+    sparsity_coefficient: Annotated[
+        float | None, typer.Option(help="Weight of jumprelu's or relu's sparsity loss.")
+    ] = None,
     tied: Annotated[
         bool, typer.Option("--tied", help="One matrix encodes and decodes, as in R1's SAEs.")
     ] = False,
@@ -56,6 +70,8 @@ def train(
         "d_sae": d_sae,
         "k": k,
         "mode": mode,
+        "sparsity_loss": sparsity_loss,
+        "sparsity_coefficient": sparsity_coefficient,
         "tied": tied,
         "tokens": tokens,
         "batch_size": batch_size,
@@ -81,13 +97,15 @@ def train(
     elif out is None:
         raise ValueError("give the folder for the SAE after that of the shards (or a .toml file)")
     else:
+        if k is None and mode != "relu" and sparsity_loss in (None, "target"):
+            settings["k"] = 16
         config = TrainConfig(**settings)
     activations = ActivationShards(shards)
     sae = run(activations, out, config, device=device, checkpoint_seconds=checkpoint_seconds)
     typer.echo(
         f"{out}: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.mode}; trained on "
         f"{sae.metadata['tokens']:,} rows ({sae.metadata['left_out']:,} outliers left out), "
-        f"threshold {float(sae.threshold):.4g}"
+        f"threshold {float(sae.threshold.mean()):.4g}{' on average' if sae.threshold.dim() else ''}"
     )
     if evaluate_rows > 0:
         found = evaluate(sae, activations, max_rows=evaluate_rows)

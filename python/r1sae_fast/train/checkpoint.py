@@ -20,7 +20,8 @@ from r1sae_fast.errors import CheckpointError
 
 FILE = "checkpoint.safetensors"
 # Version 2 knows of rows that sleep (r1sae_fast.optim.Adam); in version 1 none does.
-_FORMAT, _VERSION, _READABLE = "r1sae-train", 2, (1, 2)
+# Version 3 counts what the last step found.
+_FORMAT, _VERSION, _READABLE = "r1sae-train", 3, (1, 2, 3)
 _CENTRE = "standardisation.centre"
 
 
@@ -37,6 +38,9 @@ class Counters:
     threshold_weight: float = 0.0
     scale: float = 1.0
     norm_limit: float = 0.0
+    l0: float = 0.0
+    found: float = 0.0
+    """See :class:`r1sae_fast.train.step.Learner`."""
 
 
 @dataclass

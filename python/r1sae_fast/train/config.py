@@ -7,8 +7,19 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-MODES = ("batch_topk", "topk", "matryoshka")
+MODES = ("batch_topk", "topk", "matryoshka", "jumprelu", "relu")
+SPARSITIES = ("target", "l0", "tanh")
 ADAMS = ("dense", "sparse")
+_PENALISED = ("jumprelu", "relu")
+_BELONGS = {
+    ("matryoshka_widths",): ("matryoshka",),
+    ("sparsity_loss", "bandwidth", "tanh_scale"): ("jumprelu",),
+    ("sparsity_coefficient", "sparsity_warmup"): _PENALISED,
+    ("threshold_decay",): ("batch_topk", "topk", "matryoshka"),
+}
+"""Settings that only some architectures know: who gives them to another one expects too much."""
+_COEFFICIENTS = {"target": 1.0, "l0": 0.001, "tanh": 0.001, "relu": 0.08}
+_BANDWIDTH = 0.05
 
 
 @dataclass(frozen=True)
@@ -17,9 +28,12 @@ class TrainConfig:
 
     Args:
         d_sae: number of features.
-        k: codes kept per row; with batch_topk on average, ``k * rows`` of a batch together.
-        mode: "batch_topk" (arXiv:2412.06410), "topk" (arXiv:2406.04093) or "matryoshka"
-            (BatchTopK whose first features must do alone, arXiv:2503.17547).
+        k: codes kept per row; with batch_topk and matryoshka on average, ``k * rows`` of a batch
+            together; with jumprelu the mean that its loss aims at. Not given with relu, nor with
+            jumprelu's other losses: there the penalty decides.
+        mode: "batch_topk" (arXiv:2412.06410), "topk" (arXiv:2406.04093), "matryoshka" (BatchTopK
+            whose first features must do alone, arXiv:2503.17547), "jumprelu" (a learned threshold
+            a feature, arXiv:2407.14435) or "relu" (with an L1 penalty, the baseline).
         tied: one matrix encodes and decodes, as in the released R1 SAEs; else the decoder's rows
             are kept at norm 1.
         tokens: rows to train on in all; the shards are gone through again as often as needed.
@@ -48,13 +62,24 @@ class TrainConfig:
         seed: of the initial weights and the order of rows.
         matryoshka_widths: numbers of features that must do alone, rising to ``d_sae``; default a
             16th, an 8th, a quarter and half of ``d_sae``, and all.
+        sparsity_loss: of jumprelu: "target", the squared relative distance of the mean number of
+            codes from ``k`` (the default); "l0", that number; "tanh", its smooth twin.
+        sparsity_coefficient: of jumprelu and relu: weight of the sparsity loss of a row against its
+            squared error, in units in which x has mean norm 1; default 1 for "target", 0.001 for
+            "l0" and "tanh", 0.08 for relu (found on TinyR1's residuals). More means fewer codes.
+        sparsity_warmup: of jumprelu and relu: share of the steps in which that weight rises
+            linearly from 0; default 0.05, for "tanh" 1.
+        bandwidth: of jumprelu: width of the kernel by which thresholds learn, in the same units;
+            default 0.05, as short runs need (the paper has 0.001 for long ones).
+        tanh_scale: of jumprelu's "tanh": by what codes, in the same units, are multiplied in
+            it; default 100.
 
     Raises:
         TypeError, ValueError: an argument out of its range, named.
     """
 
     d_sae: int
-    k: int
+    k: int | None = None
     mode: str = "batch_topk"
     tied: bool = False
     tokens: int = 10_000_000
@@ -73,25 +98,28 @@ class TrainConfig:
     outlier_factor: float = 10.0
     seed: int = 0
     matryoshka_widths: tuple[int, ...] | None = None
+    sparsity_loss: str | None = None
+    sparsity_coefficient: float | None = None
+    sparsity_warmup: float | None = None
+    bandwidth: float | None = None
+    tanh_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("d_sae", "k", "tokens", "batch_size"):
+        for name in ("d_sae", "tokens", "batch_size"):
             _int(name, getattr(self, name), 1)
-        for name in ("aux_k", "dead_after_tokens"):
+        for name in ("k", "aux_k", "dead_after_tokens"):
             if getattr(self, name) is not None:
                 _int(name, getattr(self, name), 1)
-        if self.matryoshka_widths is not None:
-            # A file has a list.
-            object.__setattr__(self, "matryoshka_widths", _widths(self))
         _int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ValueError(f"seed is {self.seed}; expected less than 2**63")
-        if self.k > self.d_sae:
+        if self.k is not None and self.k > self.d_sae:
             raise ValueError(
                 f"k is {self.k}, more than d_sae = {self.d_sae}; expected at most that"
             )
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
+        self._check_architecture()
         if self.adam not in ADAMS:
             raise ValueError(f"adam is {self.adam!r}; expected one of {', '.join(ADAMS)}")
         if self.learning_rate is not None:
@@ -104,6 +132,102 @@ class TrainConfig:
         _number("gradient_clip", self.gradient_clip, math.ulp(0.0), math.inf)
         _number("aux_coefficient", self.aux_coefficient, 0.0, math.inf)
         _number("outlier_factor", self.outlier_factor, 1.0, math.inf)
+        if self.sparsity_coefficient is not None:
+            _number("sparsity_coefficient", self.sparsity_coefficient, 0.0, math.inf)
+        if self.sparsity_warmup is not None:
+            _number("sparsity_warmup", self.sparsity_warmup, 0.0, 1.0)
+        for name in ("bandwidth", "tanh_scale"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 1e-6, math.inf)
+
+    def _check_architecture(self) -> None:
+        """Refuses settings of another architecture, and the lack of those that are needed."""
+        for names, modes in _BELONGS.items():
+            for name in names:
+                if getattr(self, name) is not None and self.mode not in modes:
+                    raise ValueError(
+                        f"{name} is given with mode {self.mode!r}; it is for {' and '.join(modes)}"
+                    )
+        if self.mode == "relu" and self.tied:
+            raise ValueError(
+                'tied is True with mode "relu", which would make codes small by making the one '
+                "matrix large; expected an untied SAE, or another mode"
+            )
+        if self.sparsity_loss is not None and self.sparsity_loss not in SPARSITIES:
+            raise ValueError(
+                f"sparsity_loss is {self.sparsity_loss!r}; expected one of {', '.join(SPARSITIES)}"
+            )
+        if self.tanh_scale is not None and self.sparsity != "tanh":
+            raise ValueError(f"tanh_scale is given with sparsity_loss {self.sparsity!r}")
+        how = self.mode if self.mode != "jumprelu" else f"jumprelu, sparsity_loss {self.sparsity}"
+        if self.aims_at_k and self.k is None:
+            raise ValueError(f"k is missing: mode {how} needs the number of codes a row")
+        if not self.aims_at_k and self.k is not None:
+            raise ValueError(
+                f"k is {self.k} with mode {how}, in which sparsity_coefficient decides the number "
+                "of codes; leave k out"
+            )
+        if self.matryoshka_widths is not None:
+            # A file has a list.
+            object.__setattr__(self, "matryoshka_widths", _widths(self))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether a sparsity loss decides which pre-activations are codes."""
+        return self.mode in _PENALISED
+
+    @property
+    def first_l0(self) -> int:
+        """Codes a row with which jumprelu begins."""
+        return min(64, max(1, self.d_sae // 16)) if self.k is None else self.k
+
+    @property
+    def aims_at_k(self) -> bool:
+        """Whether ``k`` says how many codes there are."""
+        return self.mode != "relu" and self.sparsity in (None, "target")
+
+    @property
+    def needed_k(self) -> int:
+        """``k`` where :attr:`aims_at_k`.
+
+        Raises:
+            ValueError: elsewhere.
+        """
+        if self.k is None:
+            raise ValueError(f"no k with mode {self.mode}")
+        return self.k
+
+    @property
+    def sparsity(self) -> str | None:
+        """``sparsity_loss`` or its default; None but for jumprelu."""
+        if self.mode != "jumprelu":
+            return None
+        return "target" if self.sparsity_loss is None else self.sparsity_loss
+
+    @property
+    def penalty(self) -> float:
+        """``sparsity_coefficient`` or its default."""
+        if self.sparsity_coefficient is not None:
+            return self.sparsity_coefficient
+        return _COEFFICIENTS["relu" if self.sparsity is None else self.sparsity]
+
+    @property
+    def width(self) -> float:
+        """``bandwidth`` or its default."""
+        return _BANDWIDTH if self.bandwidth is None else self.bandwidth
+
+    @property
+    def slope(self) -> float:
+        """``tanh_scale`` or its default."""
+        return 100.0 if self.tanh_scale is None else self.tanh_scale
+
+    def sparsity_share(self, step: int) -> float:
+        """How much of the sparsity loss is in force at ``step`` (from 0)."""
+        warmup = self.sparsity_warmup
+        if warmup is None:
+            warmup = 1.0 if self.sparsity == "tanh" else 0.05
+        warm = self.steps * warmup
+        return min(1.0, (step + 1) / warm) if warm else 1.0
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -141,7 +265,7 @@ class TrainConfig:
 
     def resolved_aux_k(self, d_in: int) -> int:
         """``aux_k`` or its default, for activations of ``d_in`` numbers."""
-        return max(self.k, d_in // 2) if self.aux_k is None else self.aux_k
+        return max(self.k or 1, d_in // 2) if self.aux_k is None else self.aux_k
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step`` (from 0)."""
@@ -161,10 +285,6 @@ def _widths(config: TrainConfig) -> tuple[int, ...]:
     widths = config.matryoshka_widths
     if not isinstance(widths, (list, tuple)):
         raise TypeError(f"matryoshka_widths is {widths!r}; expected a list of ints")
-    if config.mode != "matryoshka":
-        raise ValueError(
-            f'matryoshka_widths is given with mode {config.mode!r}; expected mode "matryoshka"'
-        )
     for width in widths:
         _int("a width of matryoshka_widths", width, 1)
     rising = all(low < high for low, high in pairwise(widths))

@@ -12,11 +12,19 @@ from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops.sparse_grad import feature_lists, gradient_of_values
 from r1sae_fast.optim import FactoredGradient
-from r1sae_fast.train.gradients import Auxiliary, Gradients, Weights
+from r1sae_fast.train.gradients import (
+    DENSE_SHARE,
+    Auxiliary,
+    Gradients,
+    Weights,
+    at_codes,
+    is_dense,
+    of_dense,
+)
 from r1sae_fast.train.losses.base import Part
 
-_DENSE_SHARE = 0.05
-"""From this share of features a row on, a matrix product beats sums over codes."""
+_DENSE_SHARE = DENSE_SHARE
+"""Of the dead features."""
 
 
 def gradients(
@@ -44,6 +52,8 @@ def _add(
     to: Gradients[FactoredGradient], part: Part, x: Tensor, decoder: Tensor, scale: float
 ) -> Tensor:
     """Adds what ``scale`` times the part's gradient makes of its codes; returns their values'."""
+    if part.learns and is_dense(part.codes):
+        return _add_dense(to, part, x, decoder, scale)
     codes, gradient = part.codes, part.gradient
     lists = feature_lists(codes.indices, codes.row_offsets, decoder.shape[0])
     of_values = gradient_of_values(lists, gradient, decoder).mul_(scale)
@@ -54,6 +64,23 @@ def _add(
     to.encoder.add(lists, of_values, x)
     to.decoder.add(lists, scale * codes.values, gradient)
     to.b_enc.add_(torch.from_numpy(lists.sums(of_values.numpy())))
+    return of_values
+
+
+def _add_dense(
+    to: Gradients[FactoredGradient], part: Part, x: Tensor, decoder: Tensor, scale: float
+) -> Tensor:
+    wide, kept = of_dense(part, decoder, scale)
+    of_values = at_codes(wide, part.codes)
+    # The other features are other parts', or dead.
+    features = (kept > 0).any(0).nonzero().flatten()
+    wide, kept = wide[:, features], kept[:, features].mul_(scale)
+    to.b_enc[features] += wide.sum(0)
+    if to.decoder is to.encoder:
+        to.encoder.add_product(features, torch.cat([wide, kept]), torch.cat([x, part.gradient]))
+    else:
+        to.encoder.add_product(features, wide, x)
+        to.decoder.add_product(features, kept, part.gradient)
     return of_values
 
 

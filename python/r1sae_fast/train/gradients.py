@@ -9,7 +9,7 @@ On the CPU :mod:`r1sae_fast.train.factored` takes their place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -20,6 +20,9 @@ from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.optim import FactoredGradient
 from r1sae_fast.train.losses.base import Part
+
+DENSE_SHARE = 0.05
+"""From this share of features a row on, a matrix product beats sums over codes."""
 
 Matrix = TypeVar("Matrix", Tensor, FactoredGradient)
 
@@ -51,6 +54,26 @@ class Gradients(Generic[Matrix]):
     b_enc: Tensor
     of_values: list[Tensor]
     """Of each part's codes, ``[nnz]`` each."""
+
+
+def is_dense(codes: SparseCodes) -> bool:
+    """Whether products of the dense codes are faster, as in the first steps of ReLU."""
+    return codes.nnz > DENSE_SHARE * codes.rows * codes.d_sae
+
+
+def of_dense(part: Part, decoder: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``[rows, d_sae]``: the gradients of a part's values, 0 where no code is, and the values."""
+    kept = part.codes.to_dense()
+    of_values = (part.gradient @ decoder.T).mul_(scale)
+    if part.extra is not None:
+        extra = part.extra
+        of_values += replace(part.codes, values=extra).to_dense() if extra.dim() else extra
+    return of_values.mul_(kept > 0), kept
+
+
+def at_codes(dense: Tensor, codes: SparseCodes) -> Tensor:
+    """``dense [rows, d_sae]`` at the codes: ``[nnz]``."""
+    return dense[codes.row_ids, codes.indices.long()]
 
 
 def decode(codes: SparseCodes, decoder: Tensor) -> Tensor:
@@ -110,6 +133,11 @@ class _Backward(NamedTuple):
 
 def _backward(part: Part, x: Tensor, decoder: Tensor, scale: float | Tensor) -> _Backward:
     """What ``scale`` times the part's gradient makes of the weights'."""
+    if part.learns and is_dense(part.codes):
+        wide, kept = of_dense(part, decoder, scale)
+        return _Backward(
+            wide.T @ x, kept.T @ (part.gradient * scale), wide.sum(0), at_codes(wide, part.codes)
+        )
     codes, gradient = part.codes, part.gradient * scale
     d_sae, features = decoder.shape[0], codes.indices.long()
     of_values = _gradient_of_values(codes, decoder, gradient)

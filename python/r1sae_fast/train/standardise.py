@@ -37,8 +37,12 @@ def sample(shards: ActivationShards, seed: int) -> Tensor:
     if len(shards) == 0:
         raise ValueError(f"{shards.folder}: no rows to sample; harvest some first")
     rows = max(1, min(len(shards), _SAMPLE_ROWS, _SAMPLE_NUMBERS // shards.d_in))
-    batch = next(iter(shards.loader(rows, shuffle=True, seed=seed)))
-    return checked(batch)[0]
+    return checked(draw(shards, rows, seed))[0]
+
+
+def draw(shards: ActivationShards, rows: int, seed: int) -> ActivationBatch:
+    """``rows`` rows of all shards, or all there are."""
+    return next(iter(shards.loader(min(rows, len(shards)), shuffle=True, seed=seed)))
 
 
 def checked(batch: ActivationBatch, device: torch.device | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from r1sae_fast.train import by_kernels, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
-from r1sae_fast.train.losses import LOSSES, Finder, Sae
+from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu
 from r1sae_fast.train.select import DenseFinder
 
 
@@ -77,6 +77,8 @@ class Learner:
             self.parameters["decoder"] = directions.clone()
         self.parameters["b_enc"] = torch.zeros(config.d_sae, device=device)
         self.parameters["b_dec"] = torch.zeros(d_in, device=device)
+        if config.mode == "jumprelu":
+            self.parameters["log_threshold"] = torch.zeros(config.d_sae, device=device)
         self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         """Adam's moments, by parameter; as torch.optim.Adam names them."""
         self._torch_adam = None if self.in_factors else self._make_torch_adam()
@@ -87,6 +89,16 @@ class Learner:
         self.threshold = 0.0
         """Moving average of the smallest code kept, in standardised units."""
         self.threshold_weight = 0.0
+        self.l0 = 0.0
+        """Codes a row in the last step."""
+        self.found = config.d_sae / 2 if config.mode == "relu" else 0.0
+        """Pre-activations a row that the last step looked at; decides how the next one does it."""
+
+    def start(self, x: Tensor) -> None:
+        """Fits to rows ``x [n, d_in]`` what no seed can tell, before the first step."""
+        if self.config.mode == "jumprelu":
+            first = jumprelu.first_log_threshold(self._sae(), x, self.config)
+            self.parameters["log_threshold"].fill_(first)
 
     @property
     def decoder(self) -> Tensor:
@@ -94,9 +106,13 @@ class Learner:
         return self.parameters.get("decoder", self.parameters["encoder"])
 
     @torch.no_grad()
-    def step(self, x: Tensor, learning_rate: float) -> StepFigures:
-        """Learns from standardised rows ``x [n, d_in]``, n at least 1."""
-        figures, gradients = self.gradients(x)
+    def step(self, x: Tensor, learning_rate: float, sparsity: float = 1.0) -> StepFigures:
+        """Learns from standardised rows ``x [n, d_in]``, n at least 1.
+
+        Args:
+            sparsity: share of the sparsity loss that is in force, where there is one.
+        """
+        figures, gradients = self.gradients(x, sparsity)
         plain: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
             if isinstance(gradient, FactoredGradient):
@@ -162,11 +178,14 @@ class Learner:
             _unit_rows(self.decoder)
 
     @torch.no_grad()
-    def gradients(self, x: Tensor) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
+    def gradients(
+        self, x: Tensor, sparsity: float = 1.0
+    ) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
         config = self.config
-        sae = Sae(self.parameters, self._finder(), self._decode)
-        forward = LOSSES[config.mode].forward(sae, x, config, 1.0)
+        sae = self._sae()
+        forward = LOSSES[config.mode].forward(sae, x, config, sparsity)
+        self.found = forward.found / x.shape[0]
         codes, error = forward.fired, forward.error
         self.unfired_tokens += x.shape[0]
         self.unfired_tokens[codes.indices.long()] = 0
@@ -176,7 +195,8 @@ class Learner:
         if explains:
             k = min(config.resolved_aux_k(self.d_in), dead.numel())
             auxiliary = Auxiliary(dead, k, config.aux_coefficient)
-        self._follow_threshold(codes.values)
+        if not config.penalised:
+            self._follow_threshold(codes.values)
 
         scale = 2.0 / error.numel()
         differentiate = (
@@ -193,21 +213,32 @@ class Learner:
         if not config.tied:
             found["decoder"] = gradients.decoder
         found |= {"b_enc": gradients.b_enc, "b_dec": forward.of_b_dec.sum(0).mul_(scale)}
+        if config.mode == "jumprelu":
+            found["log_threshold"] = jumprelu.gradient_of_log_threshold(
+                sae, forward, gradients.of_values, config, sparsity
+            )
         variance = (x - x.mean(0)).square().sum()
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
-        l0 = codes.nnz / x.shape[0]
-        return StepFigures(forward.loss, aux_loss, fvu, l0, dead.numel()), found
+        self.l0 = codes.nnz / x.shape[0]
+        return StepFigures(forward.loss, aux_loss, fvu, self.l0, dead.numel()), found
 
     def _weights(self) -> Weights:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
+    def _sae(self) -> Sae:
+        return Sae(self.parameters, self._finder(), self._decode)
+
     def _finder(self) -> Finder:
-        if self.in_factors or self.by_kernels:
+        # A screen computes what it can't exclude one by one.
+        many = self.config.penalised and self.found > dense.DENSE_SHARE * self.config.d_sae
+        if (self.in_factors or self.by_kernels) and not many:
             return self.screen
         return DenseFinder(self.parameters["encoder"], self.parameters["b_enc"])
 
     def _decode(self, codes: SparseCodes) -> Tensor:
+        if dense.is_dense(codes):
+            return codes.to_dense() @ self.decoder
         if self.in_factors or self.by_kernels:
             return ops.decode(codes, self.decoder)
         return dense.decode(codes, self.decoder)
@@ -222,7 +253,8 @@ class Learner:
 
     @property
     def mean_threshold(self) -> float | None:
-        """The smallest code kept, averaged over the last steps; None before the first."""
+        """The smallest code kept, averaged over the last steps; None before the first, and where
+        another threshold is trained, or none."""
         return self.threshold / self.threshold_weight if self.threshold_weight else None
 
     def is_finite(self) -> bool:

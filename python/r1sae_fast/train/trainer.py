@@ -22,7 +22,7 @@ from r1sae_fast.train import checkpoint, metrics
 from r1sae_fast.train.checkpoint import Checkpoint, Counters
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.metrics import Metrics, MetricsFile
-from r1sae_fast.train.standardise import Standardisation
+from r1sae_fast.train.standardise import Standardisation, draw
 from r1sae_fast.train.step import Learner, StepFigures
 from r1sae_fast.train.stopping import STATUS, told_to_stop
 
@@ -88,8 +88,11 @@ def train(
         lock.release()
 
 
-_ENCODES = {"matryoshka": "batch_topk"}
+_ENCODES = {"matryoshka": "batch_topk", "jumprelu": "threshold", "relu": "threshold"}
 """In which mode the SAE encodes, where that is not the mode it was trained in."""
+
+_FIRST_ROWS = 1024
+"""From so many a learner takes what it has to begin with."""
 
 _OURS = {".lock", checkpoint.FILE, metrics.FILE, "sae.safetensors", "config.json"}
 
@@ -142,6 +145,9 @@ class Run:
                 shards, outlier_factor=config.outlier_factor, seed=config.seed
             )
         self.learner = Learner(config, shards.d_in, device)
+        if saved is None and config.mode == "jumprelu":
+            rows = draw(shards, _FIRST_ROWS, config.seed)
+            self.learner.start(self.standardisation.apply(rows, device)[0])
         batch_size = min(config.batch_size, len(shards))
         self.loader = shards.loader(
             batch_size,
@@ -159,11 +165,13 @@ class Run:
             self.learner.load_tensors(saved.tensors)
             self.learner.threshold = saved.counters.threshold
             self.learner.threshold_weight = saved.counters.threshold_weight
+            self.learner.l0, self.learner.found = saved.counters.l0, saved.counters.found
 
     def save(self) -> None:
         """Writes the checkpoint."""
         self.counters.threshold = self.learner.threshold
         self.counters.threshold_weight = self.learner.threshold_weight
+        self.counters.l0, self.counters.found = self.learner.l0, self.learner.found
         Checkpoint(
             self.identity,
             self.counters,
@@ -195,7 +203,8 @@ class Run:
             while counters.step < config.steps:
                 x, left_out = self.standardisation.apply(next(batches), self.device)
                 rate = config.rate(counters.step)
-                figures = self.learner.step(x, rate) if x.shape[0] else None
+                share = config.sparsity_share(counters.step)
+                figures = self.learner.step(x, rate, share) if x.shape[0] else None
                 counters.step += 1
                 counters.tokens += x.shape[0]
                 counters.left_out += left_out
@@ -241,11 +250,18 @@ class Run:
             fvu=means["fvu"],
             l0=means["l0"],
             dead_fraction=averages.dead / self.config.d_sae,
-            threshold=(self.learner.mean_threshold or 0.0) / self.standardisation.scale,
+            threshold=float(self._threshold().mean()),
             learning_rate=rate,
             left_out=self.counters.left_out,
             tokens_per_second=averages.tokens / max(time.monotonic() - averages.started, 1e-9),
         )
+
+    def _threshold(self) -> Tensor:
+        """Of the SAE, ``[]`` or ``[d_sae]``, in the units of raw codes; 0 before the first step."""
+        learner, scale = self.learner, self.standardisation.scale
+        if "log_threshold" in learner.parameters:
+            return learner.parameters["log_threshold"].detach().cpu().exp() / scale
+        return torch.tensor((learner.mean_threshold or 0.0) / scale)
 
     def sae(self) -> FastSAE:
         """The SAE as it stands, for raw activations; see :mod:`r1sae_fast.train.standardise`."""
@@ -256,7 +272,7 @@ class Run:
         sae = FastSAE(
             self.shards.d_in,
             config.d_sae,
-            config.k,
+            self._k(),
             cast(Mode, _ENCODES.get(config.mode, config.mode)),
             tied=config.tied,
             dtype=torch.float32,
@@ -269,8 +285,8 @@ class Run:
             shift = (encoder.double() @ centre.double()).float()
             sae.b_enc.copy_(weights["b_enc"] / scale - shift)
             sae.b_dec.copy_(weights["b_dec"] / scale + centre)
-            if learner.mean_threshold is not None:
-                sae.threshold.fill_(learner.mean_threshold / scale)
+            if config.penalised or learner.mean_threshold is not None:
+                sae.threshold = self._threshold()
         sae.metadata = {
             "training": config.to_dict(),
             "tokens": self.counters.tokens,
@@ -280,6 +296,12 @@ class Run:
             "activations_fingerprint": self.shards.fingerprint,
         }
         return sae
+
+    def _k(self) -> int:
+        """The SAE's k; where a penalty decides about codes, as many as the last batch had."""
+        if self.config.k is not None:
+            return self.config.k
+        return min(max(1, round(self.learner.l0)), self.config.d_sae)
 
 
 class _Averages:

@@ -5,10 +5,16 @@ the gradients are sums of; :mod:`r1sae_fast.train.gradients` and :mod:`r1sae_fas
 take the sums. Losses are per activation number: a paper's loss of a row, over ``d_in``.
 """
 
-from r1sae_fast.train.losses import matryoshka, topk
+from r1sae_fast.train.losses import jumprelu, matryoshka, relu, topk
 from r1sae_fast.train.losses.base import Definition, Finder, Forward, Part, Sae
 
-LOSSES = {"topk": topk, "batch_topk": topk, "matryoshka": matryoshka}
+LOSSES = {
+    "topk": topk,
+    "batch_topk": topk,
+    "matryoshka": matryoshka,
+    "jumprelu": jumprelu,
+    "relu": relu,
+}
 """By :attr:`r1sae_fast.train.TrainConfig.mode`."""
 
-__all__ = ["LOSSES", "Definition", "Finder", "Forward", "Part", "Sae"]
+__all__ = ["LOSSES", "Definition", "Finder", "Forward", "Part", "Sae", "jumprelu"]

@@ -34,7 +34,7 @@ def definition(parameters: Parameters, x: Tensor, config: TrainConfig, share: fl
 def kept(pre: Tensor, config: TrainConfig) -> Tensor:
     """``pre [rows, d_sae]`` with zeros in place of what is not kept."""
     select = ops.topk if config.mode == "topk" else ops.batch_topk
-    return pre * (select(pre.detach(), config.k).to_dense() > 0)
+    return pre * (select(pre.detach(), config.needed_k).to_dense() > 0)
 
 
 def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
@@ -50,4 +50,4 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
 def find(sae: Sae, x: Tensor, config: TrainConfig) -> SparseCodes:
     """The codes of ``x``. NaN is never one: the trainer looks for it in loss and weights."""
     select = sae.find.topk if config.mode == "topk" else sae.find.batch_topk
-    return select(x, config.k, check_finite=False)
+    return select(x, config.needed_k, check_finite=False)
