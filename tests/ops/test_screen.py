@@ -114,6 +114,32 @@ def test_hostile_rows_at_every_level(level: str, rule: str) -> None:
     assert screen.explain().exact_rows >= 1
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_feature_beyond_all_bounds_stays_a_candidate(rule: str) -> None:
+    """Its product is small beside its weights, and still the largest of all."""
+    W, b = torch.randn(300, 256, generator=torch.Generator().manual_seed(2)), torch.zeros(300)
+    W[7] = 1e30
+    b[100:164] = 1e20
+    x, theta = 1e-7 * torch.ones(4, 256), torch.tensor(1e20)
+    found = encode(ops.Screen(W, b, "int8"), rule, x, 8, theta)
+    assert (found.to_dense()[:, 7] > 1e25).all()
+    assert equal(found, select(rule, exact(x, W, b), 8, theta))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_of_zeros_take_no_products(rule: str) -> None:
+    x, W, b = small(50, 64, 200, 3, torch.float32)
+    x[10:] = 0
+    for bias in (b, torch.zeros(200)):
+        screen = ops.Screen(W, bias, "int8")
+        theta = torch.tensor(0.01)
+        found = encode(screen, rule, x, 9, theta)
+        assert equal(found, select(rule, exact(x, W, bias), 9, theta))
+        report = screen.explain()
+        assert (report.exact_rows, report.violations) == (0, 0)
+        assert report.candidates <= 10 * 200
+
+
 def test_changed_weights_are_rounded_again() -> None:
     x, W, b = small(100, 64, 200, 3, torch.float32)
     screen = ops.Screen(W, b, "int8")

@@ -223,6 +223,34 @@ def test_rows_that_rest_for_long_are_torchs_too() -> None:
     assert torch.equal(mine[0], torch.arange(1.0, 4))
 
 
+def test_torchs_adam_goes_on_from_rows_that_sleep() -> None:
+    mine, theirs = (torch.nn.Parameter(torch.arange(1.0, 28).reshape(9, 3)) for _ in range(2))
+    optimizer, reference = Adam([mine], lr=0.1), torch.optim.Adam([theirs], lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(touched: torch.Tensor, taken: torch.optim.Optimizer) -> None:
+        gradient = FactoredGradient(9, 3)
+        gradient.add_rows(touched, torch.randn(len(touched), 3, generator=generator))
+        theirs.grad = gradient.to_dense()
+        if taken is optimizer:
+            mine.factored_grad = gradient  # type: ignore[attr-defined]
+        else:
+            mine.grad = theirs.grad.clone()
+        taken.step()
+        reference.step()
+
+    for number in range(1500):
+        step(torch.tensor([8] if number else list(range(1, 9))), optimizer)
+    assert int((optimizer.state[mine]["asleep"] > 0).sum()) == 8
+    torchs = torch.optim.Adam([mine], lr=0.1)
+    torchs.load_state_dict({**torchs.state_dict(), "state": optimizer.state_dict()["state"]})
+    mine.factored_grad = None  # type: ignore[attr-defined]
+    for _ in range(3):
+        step(torch.arange(9), torchs)
+    # Without the decays, rows 1 to 7 would hardly move: their squares would be 4.5 times too large.
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_dense_gradients_take_the_same_step(dtype: torch.dtype) -> None:
     shapes = [(), (7,), (5, 3), (2, 3, 4)]

@@ -1,6 +1,7 @@
 """The loader: every row once an epoch, in an order that depends on the seed alone."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -432,3 +433,13 @@ def test_pinned_memory_needs_a_gpu(wide: ActivationShards) -> None:
 def test_bad_prefetch(shards: ActivationShards, prefetch: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="prefetch"):
         shards.loader(10, prefetch=prefetch)
+
+
+def test_a_loader_is_copied_at_its_place(shards: ActivationShards) -> None:
+    loader = shards.loader(7, seed=3, epochs=None)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    copied = iter(pickle.loads(pickle.dumps(loader)))  # noqa: S301  # its own
+    for _ in range(40):  # into the next epochs
+        assert torch.equal(next(copied).activations, next(batches).activations)

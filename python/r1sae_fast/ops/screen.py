@@ -72,7 +72,8 @@ class ScreenReport(NamedTuple):
     """Rows in which all features were computed exactly."""
     violations: int
     """Exact values that lay outside their certified bounds: 0, or the weights were changed in a way
-    that torch doesn't see (``.data``); such rows are computed exactly."""
+    that torch doesn't see (``.data``). Such rows are computed exactly, but such a change need not
+    show here: call :meth:`Screen.refresh` after it."""
 
     def __str__(self) -> str:
         kernel = f" ({self.kernel})" if self.kernel else ""
@@ -248,6 +249,7 @@ class Screen:
             core = _core.Screen(W, b, self._kernel_name(), _SEED, threads)
             self._core = core
         else:
+            self._copied = None  # should this be interrupted
             numbers = None if rows is None else rows.detach().cpu().to(torch.int64).contiguous()
             numpy = None if numbers is None else numbers.reshape(-1).numpy()
             core.refresh(W, b, numpy, _common.threads(W.size))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.optim.factored import factored_gradient
-from r1sae_fast.optim.update import Settings, Untouched, update
+from r1sae_fast.optim.update import Settings, Untouched, settle, update
 
 __all__ = ["Adam"]
 
@@ -67,6 +67,15 @@ class Adam(torch.optim.Optimizer):
                         f"unit_rows for a parameter of shape {tuple(parameter.shape)}; "
                         "expected matrices only"
                     )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, whose Adam may go on from it: rows that sleep get the decays that they have
+        not had yet, in place."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state and group["untouched"] == "decay":
+                    settle(self.state[parameter], group["betas"])
+        return super().state_dict()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops all gradients, factored ones too."""

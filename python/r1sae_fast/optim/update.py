@@ -131,6 +131,24 @@ def _fused_step(
             update(part.rust_sources(), features)
 
 
+def settle(state: dict[str, Tensor], betas: tuple[float, float]) -> None:
+    """Gives the moments of rows that sleep, in place, the decays that they have not had yet: only
+    then are they what ``torch.optim.Adam`` would hold."""
+    asleep = state.get("asleep")
+    if asleep is None or not bool(asleep.any()):
+        return
+    sleeping = asleep.nonzero().flatten()
+    now = int(state["step"])
+    missed = (now - asleep[sleeping]).double()
+    for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
+        rows = _rows(state[name])
+        if rows is None:  # it has never been through the step in Rust
+            return
+        moments = torch.from_numpy(rows)
+        moments[sleeping] = (moments[sleeping] * (beta**missed)[:, None]).float()
+    asleep[sleeping] = max(now, 1)
+
+
 def _plain_step(settings: Settings, state: dict[str, Tensor], parameter: Tensor) -> None:
     """The same, for any dtype and device, from a dense gradient."""
     gradient = parameter.grad

@@ -92,7 +92,18 @@ class ShardLoader:
         self._epoch = 0
         self._row = 0
         # What is read ahead, and one that the caller is about to drop.
-        self._pool = _core.BufferPool(prefetch + 2, 1 << 62)
+        self._pool = self._buffers()
+
+    def _buffers(self) -> _core.BufferPool:
+        return _core.BufferPool(self.prefetch + 2, 1 << 62)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Buffers are a process's own.
+        return {**self.__dict__, "_pool": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pool = self._buffers()
 
     @property
     def epoch(self) -> int:

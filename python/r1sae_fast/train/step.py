@@ -16,7 +16,7 @@ from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.optim import FactoredGradient, clip_grad_norm_
 from r1sae_fast.optim.factored import turning
-from r1sae_fast.optim.update import Settings, update
+from r1sae_fast.optim.update import Settings, settle, update
 from r1sae_fast.train import by_kernels, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
@@ -282,6 +282,9 @@ class Learner:
                 for key, tensor in state.items()
                 if key.startswith(prefix)
             }
+            if not self.in_factors and "asleep" in parts:  # torch's Adam knows of no sleep
+                settle(parts, (self.config.beta1, self.config.beta2))
+                del parts["asleep"], parts["least_rate"]
             # In place: torch's Adam, where it is used, holds the same dict.
             self.adam_state[name].clear()
             self.adam_state[name].update(parts)

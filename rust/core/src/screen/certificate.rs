@@ -98,6 +98,8 @@ pub(super) struct RowBound {
     pub error2: f32,
     /// Outside the certificate: only exact values will do.
     pub is_exact: bool,
+    /// All zeros, padding perhaps: its products are known, and no bound could tell them apart.
+    pub is_zero: bool,
 }
 
 impl RowBound {
@@ -111,6 +113,7 @@ impl RowBound {
             norm2: norm * norm,
             error2: ONE_AND_ETA * C2 * scale * scale + ONE_AND_INVERSE * slack * slack,
             is_exact: false,
+            is_zero: false,
         }
     }
 
@@ -118,6 +121,13 @@ impl RowBound {
         Self {
             is_exact: true,
             ..Self::default()
+        }
+    }
+
+    pub(super) fn zero() -> Self {
+        Self {
+            is_zero: true,
+            ..Self::exact()
         }
     }
 }
@@ -197,8 +207,8 @@ impl FeatureScale {
         Self {
             scale: 0.0,
             shift: 0.0,
-            error2: f32::MAX,
-            norm2: f32::MAX,
+            error2: f32::INFINITY,
+            norm2: f32::INFINITY,
         }
     }
 }

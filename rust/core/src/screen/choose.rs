@@ -40,7 +40,10 @@ impl<E: Element> Chooser<'_, E> {
                     let (list, products) = (&lists[at], &exact[starts[at]..starts[at + 1]]);
                     let wrong = self.violations(list, products);
                     let mut keys = Vec::with_capacity(list.len());
-                    if !rows[at].is_exact && wrong == 0 {
+                    if rows[at].is_zero {
+                        let zeros = (0..self.encoder.bias.len()).map(|feature| (feature, &0.0));
+                        self.row_keys(first + at, zeros, &mut keys)?;
+                    } else if !rows[at].is_exact && wrong == 0 {
                         let features = list.features.iter().map(|feature| *feature as usize);
                         self.row_keys(first + at, features.zip(products), &mut keys)?;
                     }
@@ -51,12 +54,18 @@ impl<E: Element> Chooser<'_, E> {
             for part in parts {
                 for (keys, wrong) in part? {
                     counts.violations += wrong;
-                    if wrong > 0 || found.bounds[chosen.len()].is_exact {
+                    let bound = &found.bounds[chosen.len()];
+                    if wrong > 0 || (bound.is_exact && !bound.is_zero) {
                         exact_rows.push(chosen.len());
                     }
                     chosen.push(keys);
                 }
             }
+        }
+        if counts.violations > 0 && matches!(self.rule, Rule::BatchTopK(_)) {
+            // A bound that lies has raised the edge that all rows share.
+            exact_rows = (0..chosen.len()).collect();
+            chosen.iter_mut().for_each(Vec::clear);
         }
         counts.exact_rows = exact_rows.len() as u64;
         for rows in exact_rows.chunks(EXACT_ROWS) {

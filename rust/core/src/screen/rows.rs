@@ -95,6 +95,9 @@ impl Rounder<'_> {
         if found.norm > LARGEST_NORM {
             return Some(RowBound::exact());
         }
+        if found.largest == 0.0 {
+            return Some(RowBound::zero());
+        }
         let levels = self.levels as f32;
         let largest = largest_weighted(values, &self.spread.weights, self.simd);
         let scale = (largest * (1.0 + 1e-6) / levels).max(SMALLEST_SCALE);

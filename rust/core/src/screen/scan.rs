@@ -224,6 +224,7 @@ mod tests {
             norm2: 1.0,
             error2: 2.5,
             is_exact: false,
+            is_zero: false,
         };
         for bound in [0.0_f32, 3.0, 12.0] {
             let mut expected = Vec::new();
