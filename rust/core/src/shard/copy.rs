@@ -3,13 +3,16 @@
 //! A batch larger than a core's cache is read from memory whatever is done, and an ordinary store
 //! first fetches the line that it overwrites: a third of the traffic. A streaming store does not.
 
-use crate::simd::{Level, Simd};
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::simd::Level;
+use crate::simd::Simd;
 
 /// Outputs below this stay in the cache, where the next reader finds them.
 pub(super) const STREAM_BYTES: usize = 4 << 20;
 /// Pieces shorter than this are copied as usual.
 const LEAST: usize = 512;
 /// What a streaming store is aligned to.
+#[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
 
 /// How rows are copied.
