@@ -90,7 +90,7 @@ def test_harvest_streams(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--engine", "stream"], "reads texts"),
+        (["--engine", "stream", "--mode", "generate"], "reads texts"),
         (["--engine", "stream", "--mode", "prefill", "--max-memory", "5MB"], "at least"),
         (["--mode", "prefill", "--max-memory", "5GB"], "are of --engine stream"),
         (["--engine", "stream", "--mode", "prefill", "--max-memory", "x"], "is no size"),

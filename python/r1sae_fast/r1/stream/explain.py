@@ -30,7 +30,7 @@ def plan_lines(plan: StreamPlan) -> Iterator[str]:
     disk, compute = plan.seconds["disk"], plan.seconds["compute"]
     yield (
         f"disk: {show_size(plan.read)} of weights read, {show_size(plan.hidden)} of hidden states "
-        f"written: {show_time(disk)}"
+        f"written and read: {show_time(disk)}"
     )
     yield f"compute: {plan.flops:.3g} operations: {show_time(compute)}"
     yield (

@@ -3,6 +3,7 @@ memory, streamed from the disk, spread over GPUs. Each with the arithmetic that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,17 @@ def resident(task: Task, machine: Machine) -> Way:
     lines.append(
         f"{machine.flops / 1e12:.4g} TFLOP/s / {flops / 1e9:.4g} GFLOP = {rate:,.1f} tokens/s"
     )
+    if not machine.kernels:
+        # Kept in fp8, weights are dequantised for every batch.
+        specs = [spec for index in blocks for spec in block_specs(task.config, index)]
+        count = sum(math.prod(spec.shape) for spec in specs if task.is_fp8(spec))
+        compute, more = rows / rate, count / machine.dequantize
+        rate = rows / (compute + more)
+        lines.append(
+            f"without fp8 kernels, for each batch of {rows:,} tokens ({compute:,.1f} s) "
+            f"{count / 1e9:,.1f}e9 weights are dequantised at {machine.dequantize / 1e9:.4g}e9 a "
+            f"second ({more:,.1f} s): {rate:,.1f} tokens/s"
+        )
     return Way("resident", rate, "compute", tuple(lines), numbers)
 
 
@@ -176,7 +188,7 @@ def streaming(task: Task, machine: Machine) -> Way:
     balance = machine.flops * task.weights / machine.disk / flops
     lines = [
         *plan_lines(plan),
-        f"scratch file: {show_size(2 * plan.hidden / max(task.layer, 1))}",
+        f"scratch file: {show_size(plan.hidden / max(task.layer, 1))}",
         f"read once, the weights take the disk as long as {balance:,.0f} tokens take to compute: "
         "in smaller passes the disk is the limit",
     ]

@@ -115,7 +115,8 @@ class StreamPlan:
         memory: bytes by part, at the peak; they add up to ``peak``.
         peak: of the whole process.
         read: bytes of weights read from the checkpoint.
-        hidden: bytes of hidden states written between blocks.
+        hidden: bytes of hidden states written to the disk between blocks and read back, which a
+            system with memory to spare may keep in its cache.
         flops, dequantised: operations, and weights dequantised, in the pass.
         seconds: disk, compute, sums, and the whole.
     """
@@ -272,7 +273,7 @@ def _whole(model: Model, shape: Shape, budget: Budget, ahead: bool, cache: str) 
             "dequantised weights": copies,
         },
         read=_read(model, 1),
-        hidden=_hidden(model, shape),
+        hidden=_hidden(model, shape, budget),
         flops=shape.rows * work(model.config, model.layer, shape.context).flops,
         dequantised=times * _fp8_numbers(model) if model.dequantises else 0,
     )
@@ -313,7 +314,7 @@ def _groups(
             "experts' running sums": row * chunk,
         },
         read=_read(model, chunks),
-        hidden=_hidden(model, shape),
+        hidden=_hidden(model, shape, budget),
         flops=shape.rows * work(config, model.layer, shape.context).flops,
         dequantised=times * _fp8_numbers(model) if model.dequantises else 0,
     )
@@ -391,5 +392,7 @@ def _read(model: Model, chunks: int) -> int:
     return total
 
 
-def _hidden(model: Model, shape: Shape) -> int:
-    return model.layer * shape.rows * model.config.hidden_size * model.itemsize
+def _hidden(model: Model, shape: Shape, budget: Budget) -> int:
+    if budget.hidden_in_memory:
+        return 0
+    return 2 * model.layer * shape.rows * model.config.hidden_size * model.itemsize

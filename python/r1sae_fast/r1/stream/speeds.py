@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from r1sae_fast.r1.fp8 import FP8_DTYPE, dequantize_blocks, scale_shape
+from r1sae_fast.r1.memory import available_memory
 
 _PIECE = 4 << 20
 _SECONDS = 0.2
@@ -40,8 +42,11 @@ class Speeds:
 
 def disk_speed(directory: Path) -> float:
     """Bytes a second of a checkpoint's shards, pieces from all over them. What the system has
-    in its cache is read as fast as it will be in the run."""
+    in its cache is read as fast as it will be in the run; of a checkpoint that is larger than
+    memory nothing will be, and the pieces are dropped from the cache first."""
     shards = sorted(directory.glob("*.safetensors"))
+    size = sum(shard.stat().st_size for shard in shards)
+    drop = hasattr(os, "posix_fadvise") and size > (available_memory() or size)
     pieces = [
         (shard, start)
         for shard in shards
@@ -53,6 +58,8 @@ def disk_speed(directory: Path) -> float:
     for shard, start in pieces:
         with shard.open("rb", buffering=0) as file:
             file.seek(start)
+            if drop:
+                os.posix_fadvise(file.fileno(), start, _PIECE, os.POSIX_FADV_DONTNEED)
             total += file.readinto(buffer) or 0
         if time.perf_counter() - begin > 5 * _SECONDS:
             break
