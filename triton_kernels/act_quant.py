@@ -40,6 +40,9 @@ def act_quant_kernel(
     scale = tl.div_rn(largest, tl.full([GROUPS], 448.0, tl.float32))
     # 0 also where the division underflows: zeros then are all that is left of the block.
     scale = tl.where(scale > 0.0, scale, 1.0)
+    # A maximum passes NaN over: what a group with one, or with an infinity, shows is its scale.
+    finite = tl.min((tl.abs(given) < float("inf")).to(tl.int32), axis=1) > 0
+    scale = tl.where(finite, scale, float("nan"))
     scaled = tl.div_rn(given, tl.broadcast_to(scale[:, None], GROUPS, GROUP_SIZE))
     scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
     tl.store(quantised + row * width + columns, float32_to_e4m3(scaled), mask=inside)
@@ -47,7 +50,8 @@ def act_quant_kernel(
 
 
 def act_quant(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises the rows of ``x [tokens, width]`` (float32, bfloat16 or float16; finite).
+    """Quantises the rows of ``x [tokens, width]`` (float32, bfloat16 or float16). A group with a
+    NaN or an infinity has the scale NaN.
 
     Returns:
         ``(quantised, scales)``: float8_e4m3fn ``[tokens, width]`` and float32

@@ -174,7 +174,7 @@ def encode_append(
         GROUP_M=8,
         **settings.options,
     )
-    if _overflowed(lengths, capacity):
+    if _uncertain(lengths, bounds[:, k - 1], k, capacity):
         return encode_topk(x, W_enc, b_enc, k), True
     out = padded_codes(x, k)
     launch(
@@ -194,9 +194,12 @@ def encode_append(
     return out, False
 
 
-def _overflowed(lengths: Tensor, capacity: int) -> bool:
-    # Without data (ahead of time) nothing overflows.
-    return lengths.device.type != "meta" and bool((lengths > capacity).any())
+def _uncertain(lengths: Tensor, bounds: Tensor, k: int, capacity: int) -> bool:
+    """Whether a list overflowed, or lacks what its own bound promised: the two products' sums are
+    in different orders, so that the k-th of the sample may lie below itself."""
+    if lengths.device.type == "meta":  # without data (ahead of time) nothing is
+        return False
+    return bool(((lengths > capacity) | ((bounds > 0) & (lengths < k))).any())
 
 
 def encode_append_traffic(

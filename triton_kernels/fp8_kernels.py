@@ -30,7 +30,7 @@ class TritonFp8Kernels:
         if group_size != GROUP:
             return self.reference.quantize_activations(x, group_size)
         values, scales = act_quant(x.reshape(-1, x.shape[-1]))
-        return values.view(x.shape), scales.view(*x.shape[:-1], -1)
+        return values.view(x.shape), scales.view(*x.shape[:-1], scales.shape[-1])
 
     def linear(
         self,
@@ -49,7 +49,7 @@ class TritonFp8Kernels:
             scales.reshape(-1, scales.shape[-1]),
         )
         output = block_fp8_gemm(flat, flat_scales, weight, scale_inv, dtype)
-        return output.view(*values.shape[:-1], -1)
+        return output.view(*values.shape[:-1], output.shape[-1])
 
     def grouped_linear(
         self,

@@ -78,7 +78,8 @@ def quantise_rows_kernel(
     # Squares of scaled numbers neither overflow nor vanish. A row too small for a scale is all
     # error; its length is at most that of its largest number everywhere.
     norm = scale * tl.sqrt(tl.sum(squares, axis=0)) * (1.0 + 1e-6)
-    longest = most * tl.sqrt(width.to(tl.float32))
+    # Squares without a scale are 0, or NaN where a number is: a maximum passes that over.
+    longest = most * tl.sqrt(tl.zeros([], tl.float32) + width) + tl.sum(squares, axis=0)
     tl.store(norms + row, tl.where(scale > 0.0, norm, longest))
     tl.store(steps + row, scale * tl.sqrt(tl.sum(whole.to(tl.float32), axis=0)))
 

@@ -50,6 +50,7 @@ def sae_tap_kernel(
     d_in,
     k,
     entries,
+    d_sae,
     HAS_THRESHOLD: tl.constexpr,
     K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,7 +72,7 @@ def sae_tap_kernel(
         total = steered.to(tl.float32)
         for entry in range(0, entries):
             feature = tl.load(features + row * entries + entry)
-            if feature >= 0:
+            if (feature >= 0) & (feature < d_sae):
                 change = tl.load(strengths + row * entries + entry)
                 kind = tl.load(kinds + row * entries + entry).to(tl.int32)
                 # A SET takes what the SAE sees now away, an ADD leaves it.
@@ -159,6 +160,7 @@ def run_tap(
             d_in,
             k,
             features.shape[1],
+            W_dec.shape[0],
             HAS_THRESHOLD=threshold is not None,
             K=padded_k,
             **settings.options,

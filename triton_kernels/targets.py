@@ -48,4 +48,5 @@ def target_of(device: torch.device) -> str:
     if torch.version.hip is not None:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability(device)
-    return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
+    # 12.x has neither wgmma nor tensor memory, and no more shared memory than 8.6 and 8.9.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")

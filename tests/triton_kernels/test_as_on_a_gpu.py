@@ -119,11 +119,28 @@ def test_a_screen_follows_its_weights(called: list[str], device: torch.device) -
         assert int(screen.topk(x, K).indices[K]) == 9
         with pytest.raises(ValueError, match="row is out of range; expected 0 to 69"):
             screen.refresh(torch.tensor([D_SAE]))
-        W[3, 3] = torch.nan
+        W[3] = torch.nan
         assert screen.topk(x, K, check_finite=False).nnz
         assert called[-1] == "encode_topk"  # which knows what to do with NaN
     with pytest.raises(ValueError, match=r"they are torch\.bfloat16, whose products are as fast"):
         ops.Screen(W.bfloat16(), b.bfloat16(), "int8")
+
+
+@pytest.mark.usefixtures("called")
+def test_a_screen_made_in_inference_mode_goes_on_outside(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, D_IN, generator=generator).to(device) for n in (3, D_SAE))
+    screen = ops.Screen(W, torch.zeros(D_SAE, device=device))
+    with torch.inference_mode():
+        inside = screen.topk(x, K)
+    with torch.no_grad():
+        assert torch.equal(screen.topk(x, K).indices, inside.indices)
+        W[9] = 200 * x[1]
+        with torch.inference_mode():
+            rows = torch.tensor([9])
+        screen.refresh(rows)
+        assert int(screen.topk(x, K).indices[K]) == 9
+    assert screen.explain().rows == 9
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter

@@ -257,3 +257,30 @@ def test_traffic() -> None:
     assert linear.hbm < 1.02 * (4096 * 7168 + 7168 * 7168 + 2 * 4096 * 7168)
     experts = block_fp8_gemm_traffic(8 * 32, 4096, 7168, experts=256)
     assert experts.hbm < 1.02 * 256 * 4096 * 7168  # a step of generation: the weights, once
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy, in the interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_number_makes_its_group_nan(bad: float, device: torch.device) -> None:
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).to(device)
+    good, _ = act_quant(x)
+    x[1, 130] = bad
+    values, scales = act_quant(x)
+    expected = torch.zeros(3, 3, dtype=torch.bool)
+    expected[1, 1] = True
+    assert torch.equal(scales.isnan().cpu(), expected)
+    assert torch.equal(values[0].view(torch.uint8), good[0].view(torch.uint8))
+    weight, inverse = quantize_blocks(torch.ones(128, 300, device=device))
+    output = block_fp8_gemm(values, scales, weight, inverse, torch.float32)
+    assert torch.equal(output.isnan().any(1).cpu(), expected.any(1))
+
+
+def test_no_rows_at_all(device: torch.device) -> None:
+    """As of experts that no token chose."""
+    kernels = TritonFp8Kernels()
+    x = torch.zeros(0, 256, device=device)
+    values, scales = kernels.quantize_activations(x, 128)
+    assert (tuple(values.shape), tuple(scales.shape)) == ((0, 256), (0, 2))
+    weight, inverse = quantize_blocks(torch.ones(128, 256, device=device))
+    output = kernels.linear(values, scales, weight, inverse, (128, 128), torch.bfloat16)
+    assert tuple(output.shape) == (0, 128)

@@ -43,6 +43,8 @@ def test_codes_and_steering(dtype: torch.dtype, limit: float | None, device: tor
     tap.strengths[1, 0] = 100.0
     tap.features[2, 1] = strongest[2]  # set to what it is
     tap.strengths[2, 1] = values[2, 0]
+    tap.features[3] = torch.tensor([D_SAE, 2**30])  # no such features: no entries
+    tap.strengths[3] = 100.0
     found = tap(x)
 
     values[1] = 0

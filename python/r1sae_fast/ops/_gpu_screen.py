@@ -29,12 +29,13 @@ class GpuScreen:
         self.first_bad_feature: int | None = None
         """The first whose weights or bias are not finite, or whose length is beyond float32."""
 
+    @torch.inference_mode(False)  # what is made here is written to later, in any mode
     def refresh(self, rows: Tensor | None = None) -> None:
         """Rounds the weights, or those of the features ``rows``."""
         if self._rounded is None or rows is None:
             self._rounded = int8.weights(self._W)
         else:
-            rows = rows.to(self._W.device, torch.int64).reshape(-1)
+            rows = rows.to(self._W.device, torch.int64).reshape(-1).clone()
             if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self._W.shape[0]:
                 raise ValueError(f"a row is out of range; expected 0 to {self._W.shape[0] - 1}")
             for whole, part in zip(self._rounded, int8.weights(self._W[rows]), strict=True):
@@ -62,6 +63,6 @@ class GpuScreen:
             x, self._W, self._b, *self._rounded, rule, k, threshold, check_finite
         )
         self._rows += x.shape[0]
-        self._counts += counts
+        self._counts = self._counts + counts
         values, indices, row_offsets = codes
         return values, indices, row_offsets

@@ -78,7 +78,10 @@ def codes_backward(
             x, gradient, indices, row_offsets, W_features.shape[0]
         )
     elif needed[2]:
-        of_bias = gradient.new_zeros(W_features.shape[0]).index_add(0, indices, gradient)
+        # In bfloat16 a sum would stall at 256 times an addend.
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        of_bias = gradient.new_zeros(W_features.shape[0], dtype=wide)
+        of_bias = of_bias.index_add_(0, indices, gradient.to(wide)).to(gradient.dtype)
     return of_x, of_weight, of_bias if needed[2] else None
 
 

@@ -49,8 +49,8 @@ def tap_reference(
         W_enc, b_enc, W_dec: ``[d_in, d_sae]``, ``[d_sae]``, ``[d_sae, d_in]``.
         threshold: float32 ``[1]``, which codes must exceed.
         active: uint8, at least ``[n]``: rows that take part.
-        features, strengths, kinds: int32, float32, int8, at least ``[n, entries]``; feature -1 is
-            no entry.
+        features, strengths, kinds: int32, float32, int8, at least ``[n, entries]``; feature -1,
+            or one that isn't there, is no entry (buffers are not read on the host).
         k: codes a row.
         steer: write ``output``.
         values, indices, counts: ``[n, k]``, int32 ``[n, k]``, int32 ``[n]``: written.
@@ -72,8 +72,9 @@ def tap_reference(
             feature, strength = features[:count, entry], strengths[:count, entry]
             present = torch.where(places == feature[:, None], own, 0.0).sum(1)
             change = torch.where(kinds[:count, entry] == SET, strength - present, strength)
-            change = torch.where(on & (feature >= 0), change, 0.0)
-            total = total + change[:, None] * W_dec[feature.clamp_min(0).long()].float()
+            change = torch.where(on & (feature >= 0) & (feature < len(W_dec)), change, 0.0)
+            row = feature.clamp(0, len(W_dec) - 1).long()
+            total = total + change[:, None] * W_dec[row].float()
         steered = torch.where(on[:, None], total.to(residual.dtype), residual)
         output[:count] = steered
     kept &= on[:, None]
