@@ -89,11 +89,6 @@ class Block(nn.Module):
         return tap("output", x)
 
 
-def causal_bias(seq: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[seq, seq]: 0 where a query may see a key, -inf above the diagonal."""
-    return torch.full((seq, seq), -torch.inf, device=device, dtype=dtype).triu(1)
-
-
 class R1Model(nn.Module):
     """The whole model, with R1's module names (minus the ``model.`` prefix of its tensors)."""
 

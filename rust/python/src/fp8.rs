@@ -1,60 +1,13 @@
 //! Block fp8: `r1sae_core::fp8`. Every function writes into arrays that the caller made; bf16
 //! crosses as uint16, fp8 as uint8.
 
-use half::bf16;
-use numpy::{Element as NumpyElement, PyReadonlyArray2, PyReadwriteArray2, PyUntypedArrayMethods};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{PyReadonlyArray2, PyReadwriteArray2};
 use pyo3::prelude::*;
 use r1sae_core::fp8::{self, Block};
-use r1sae_core::rows::Matrix;
 use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
-
-#[derive(FromPyObject)]
-enum Floats<'py> {
-    F32(PyReadonlyArray2<'py, f32>),
-    Bf16(PyReadonlyArray2<'py, u16>),
-}
-
-#[derive(FromPyObject)]
-enum FloatsOut<'py> {
-    F32(PyReadwriteArray2<'py, f32>),
-    Bf16(PyReadwriteArray2<'py, u16>),
-}
-
-fn contiguous(_: impl std::fmt::Debug) -> PyErr {
-    PyValueError::new_err("expected a C-contiguous array")
-}
-
-fn mixed() -> PyErr {
-    PyTypeError::new_err("expected arrays of one dtype: float32, or uint16 (bf16 bits)")
-}
-
-fn slice<'a, T: NumpyElement>(array: &'a PyReadonlyArray2<'_, T>) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(contiguous)
-}
-
-fn matrix<'a, T, B: NumpyElement>(
-    array: &'a PyReadonlyArray2<'_, B>,
-    from_bits: impl Fn(&'a [B]) -> &'a [T],
-) -> PyResult<Matrix<'a, T>> {
-    Matrix::new(from_bits(slice(array)?), array.shape()[0], array.shape()[1]).map_err(to_py)
-}
-
-fn slice_mut<'a, T: NumpyElement>(
-    array: &'a mut PyReadwriteArray2<'_, T>,
-) -> PyResult<&'a mut [T]> {
-    array.as_slice_mut().map_err(contiguous)
-}
-
-fn bf16s(bits: &[u16]) -> &[bf16] {
-    half::slice::HalfBitsSliceExt::reinterpret_cast(bits)
-}
-
-fn bf16s_mut(bits: &mut [u16]) -> &mut [bf16] {
-    half::slice::HalfBitsSliceExt::reinterpret_cast_mut(bits)
-}
+use crate::floats::{bf16s, bf16s_mut, matrix, mixed, slice, slice_mut, Floats, FloatsOut};
 
 /// Activations as a w8a8 product sees them, into `output`.
 #[pyfunction]

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 
 mod errors;
 mod examples;
+mod floats;
 mod fp8;
 mod interrupt;
 mod ops;

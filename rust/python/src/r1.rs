@@ -1,18 +1,15 @@
 //! Between the products of R1's forward: `r1sae_core::r1`. Every function writes into arrays that
 //! the caller made; bf16 crosses as uint16.
 
-use half::bf16;
-use numpy::{
-    Element as NumpyElement, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2,
-    PyUntypedArrayMethods,
-};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use r1sae_core::r1::{self, Routing, Step, Tensors};
-use r1sae_core::rows::Matrix;
 use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
+use crate::floats::{
+    bf16s, bf16s_mut, contiguous, matrix, mixed, slice_mut, vector, Floats, FloatsOut,
+};
 
 #[derive(FromPyObject)]
 enum Weight<'py> {
@@ -20,70 +17,24 @@ enum Weight<'py> {
     Bf16(PyReadonlyArray1<'py, u16>),
 }
 
-#[derive(FromPyObject)]
-enum Input<'py> {
-    F32(PyReadonlyArray2<'py, f32>),
-    Bf16(PyReadonlyArray2<'py, u16>),
-}
-
-#[derive(FromPyObject)]
-enum Output<'py> {
-    F32(PyReadwriteArray2<'py, f32>),
-    Bf16(PyReadwriteArray2<'py, u16>),
-}
-
-fn contiguous(_: impl std::fmt::Debug) -> PyErr {
-    PyValueError::new_err("expected a C-contiguous array")
-}
-
-fn mixed() -> PyErr {
-    PyTypeError::new_err("expected arrays of one dtype: float32, or uint16 (bf16 bits)")
-}
-
-fn vector<'a, T: NumpyElement>(array: &'a PyReadonlyArray1<'_, T>) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(contiguous)
-}
-
-fn matrix<'a, T, B: NumpyElement>(
-    array: &'a PyReadonlyArray2<'_, B>,
-    from_bits: impl Fn(&'a [B]) -> &'a [T],
-) -> PyResult<Matrix<'a, T>> {
-    let data = array.as_slice().map_err(contiguous)?;
-    Matrix::new(from_bits(data), array.shape()[0], array.shape()[1]).map_err(to_py)
-}
-
-fn slice_mut<'a, T: NumpyElement>(
-    array: &'a mut PyReadwriteArray2<'_, T>,
-) -> PyResult<&'a mut [T]> {
-    array.as_slice_mut().map_err(contiguous)
-}
-
-fn bf16s(bits: &[u16]) -> &[bf16] {
-    half::slice::HalfBitsSliceExt::reinterpret_cast(bits)
-}
-
-fn bf16s_mut(bits: &mut [u16]) -> &mut [bf16] {
-    half::slice::HalfBitsSliceExt::reinterpret_cast_mut(bits)
-}
-
 /// Normalised rows, into `output`.
 #[pyfunction]
 fn r1_rms_norm(
     py: Python<'_>,
-    input: Input<'_>,
+    input: Floats<'_>,
     weight: Weight<'_>,
     eps: f32,
-    output: Output<'_>,
+    output: FloatsOut<'_>,
     threads: usize,
 ) -> PyResult<()> {
     let simd = Simd::active().map_err(to_py)?;
     match (&input, &weight, output) {
-        (Input::F32(input), Weight::F32(weight), Output::F32(mut output)) => {
+        (Floats::F32(input), Weight::F32(weight), FloatsOut::F32(mut output)) => {
             let (input, weight) = (matrix(input, |bits| bits)?, vector(weight)?);
             let output = slice_mut(&mut output)?;
             py.detach(|| r1::rms_norm(input, weight, eps, output, simd, threads))
         }
-        (Input::Bf16(input), Weight::Bf16(weight), Output::Bf16(mut output)) => {
+        (Floats::Bf16(input), Weight::Bf16(weight), FloatsOut::Bf16(mut output)) => {
             let (input, weight) = (matrix(input, bf16s)?, bf16s(vector(weight)?));
             let output = bf16s_mut(slice_mut(&mut output)?);
             py.detach(|| r1::rms_norm(input, weight, eps, output, simd, threads))
@@ -97,7 +48,7 @@ fn r1_rms_norm(
 #[pyfunction]
 fn r1_rotate(
     py: Python<'_>,
-    queries: Output<'_>,
+    queries: FloatsOut<'_>,
     head: usize,
     table: PyReadonlyArray2<'_, f32>,
     threads: usize,
@@ -105,12 +56,12 @@ fn r1_rotate(
     let simd = Simd::active().map_err(to_py)?;
     let table = matrix(&table, |bits| bits)?;
     match queries {
-        Output::F32(mut queries) => {
+        FloatsOut::F32(mut queries) => {
             let width = queries.shape()[1];
             let queries = slice_mut(&mut queries)?;
             py.detach(|| r1::rotate(queries, width, head, table, simd, threads))
         }
-        Output::Bf16(mut queries) => {
+        FloatsOut::Bf16(mut queries) => {
             let width = queries.shape()[1];
             let queries = bf16s_mut(slice_mut(&mut queries)?);
             py.detach(|| r1::rotate(queries, width, head, table, simd, threads))
@@ -123,7 +74,7 @@ fn r1_rotate(
 #[pyfunction]
 fn r1_latents(
     py: Python<'_>,
-    rows: Output<'_>,
+    rows: FloatsOut<'_>,
     weight: Weight<'_>,
     eps: f32,
     table: PyReadonlyArray2<'_, f32>,
@@ -132,11 +83,11 @@ fn r1_latents(
     let simd = Simd::active().map_err(to_py)?;
     let table = matrix(&table, |bits| bits)?;
     match (rows, &weight) {
-        (Output::F32(mut rows), Weight::F32(weight)) => {
+        (FloatsOut::F32(mut rows), Weight::F32(weight)) => {
             let (rows, weight) = (slice_mut(&mut rows)?, vector(weight)?);
             py.detach(|| r1::latents(rows, weight, eps, table, simd, threads))
         }
-        (Output::Bf16(mut rows), Weight::Bf16(weight)) => {
+        (FloatsOut::Bf16(mut rows), Weight::Bf16(weight)) => {
             let (rows, weight) = (bf16s_mut(slice_mut(&mut rows)?), bf16s(vector(weight)?));
             py.detach(|| r1::latents(rows, weight, eps, table, simd, threads))
         }
@@ -180,12 +131,12 @@ fn r1_route(
 #[allow(clippy::too_many_arguments)] // flat, as Python gives them
 fn r1_attend(
     py: Python<'_>,
-    rows: Input<'_>,
-    absorbed: Input<'_>,
-    query: Input<'_>,
+    rows: Floats<'_>,
+    absorbed: Floats<'_>,
+    query: Floats<'_>,
     slots: PyReadonlyArray1<'_, i64>,
-    cache: Output<'_>,
-    output: Output<'_>,
+    cache: FloatsOut<'_>,
+    output: FloatsOut<'_>,
     rank: usize,
     scale: f32,
     threads: usize,
@@ -203,11 +154,11 @@ fn r1_attend(
     };
     match (&rows, &absorbed, &query, cache, output) {
         (
-            Input::F32(rows),
-            Input::F32(absorbed),
-            Input::F32(query),
-            Output::F32(mut cache),
-            Output::F32(mut output),
+            Floats::F32(rows),
+            Floats::F32(absorbed),
+            Floats::F32(query),
+            FloatsOut::F32(mut cache),
+            FloatsOut::F32(mut output),
         ) => {
             let step = step(
                 rows.shape(),
@@ -226,11 +177,11 @@ fn r1_attend(
             py.detach(|| r1::attend(step, tensors, simd, threads))
         }
         (
-            Input::Bf16(rows),
-            Input::Bf16(absorbed),
-            Input::Bf16(query),
-            Output::Bf16(mut cache),
-            Output::Bf16(mut output),
+            Floats::Bf16(rows),
+            Floats::Bf16(absorbed),
+            Floats::Bf16(query),
+            FloatsOut::Bf16(mut cache),
+            FloatsOut::Bf16(mut output),
         ) => {
             let step = step(
                 rows.shape(),

@@ -51,13 +51,6 @@ def sqlite_tables(path: Path) -> dict[str, dict[str, str]]:
         }
 
 
-def sqlite_rows(path: Path, table: str) -> int:
-    """The number of rows."""
-    with _opened(path) as file:
-        rows: int = file.execute(f"SELECT count(*) FROM {quote(table)}").fetchone()[0]
-        return rows
-
-
 def sqlite_batches(
     path: Path, table: str, columns: Sequence[str], rows: int = 1 << 16
 ) -> Iterator[list[Row]]:
