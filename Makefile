@@ -55,6 +55,11 @@ test-rust: $(INSTALLED) ## Run the tests of the Rust core
 test-python: $(INSTALLED) ## Run the Python tests (ARGS="-k shards" picks some)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
 
+.PHONY: test-thorough
+test-thorough: $(INSTALLED) ## Run the property tests with many more examples, drawn anew (an hour)
+	@PROPTEST_CASES=20000 cargo test --quiet --locked --release -p r1sae-core
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
+
 FUZZ_SECONDS ?= 180
 
 .PHONY: fuzz

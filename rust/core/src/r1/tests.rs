@@ -117,14 +117,14 @@ proptest! {
 
     #[test]
     fn experts_are_those_of_the_definition(
-        groups in 1_usize..5,
-        size in 1_usize..6,
-        kept in 1_usize..5,
-        experts in 1_usize..9,
+        (groups, size, kept, experts) in (1_usize..5, 1_usize..6)
+            .prop_flat_map(|(groups, size)| (Just(groups), Just(size), 1..=groups))
+            .prop_flat_map(|(groups, size, kept)| {
+                (Just(groups), Just(size), Just(kept), 1..=(kept * size).min(8))
+            }),
         normalise: bool,
         seed in proptest::collection::vec(-40_i32..40, 4 * 20 + 20),
     ) {
-        prop_assume!(kept <= groups && experts <= kept * size);
         let count = groups * size;
         // Quarters, so that there are ties.
         let (bias, logits) = seed.split_at(count);
