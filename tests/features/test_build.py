@@ -68,7 +68,7 @@ def test_features_hold_the_statistics(world: World, database: FeatureDB, query: 
     for feature, row in enumerate(rows):
         column = dense[:, feature]
         active = column > 0
-        identity, count, density, mean, largest, histogram, *segments, clarity = row
+        identity, count, density, mean, largest, histogram, *segments, _, clarity = row
         assert (identity, count, largest) == (feature, active.sum(), column.max())
         assert density == active.mean()
         assert histogram == examples.histogram[feature].tolist()
@@ -148,7 +148,7 @@ def test_labels_say_what_the_features_were_made_for(query: Query) -> None:
 
 def test_meta_says_what_it_is_of(world: World, database: FeatureDB) -> None:
     meta = database.metadata
-    assert (meta["format"], meta["version"], meta["d_sae"]) == ("r1sae-features", "1", "24")
+    assert (meta["format"], meta["version"], meta["d_sae"]) == ("r1sae-features", "2", "24")
     assert (meta["rows"], meta["sae"], meta["layer"]) == (str(len(world.tokens)), "test", "3")
     assert len(database.histogram_edges or ()) == 97
 

@@ -5,10 +5,16 @@ column ``segment``); a released file has only these, in one file or in several.
 """
 
 FORMAT = "r1sae-features"
-VERSION = "1"
+VERSION = "2"
 
 SEGMENTS = {0: "prompt", 1: "thinking", 2: "response"}
 """Names of the segments, by the number that shards hold; any other number is NULL here."""
+
+POSITION_EDGES = (0, *(1 << i for i in range(18)))
+"""Positions are counted in bins [0, 1), [1, 2), [2, 4), ... [65536, 131072), [131072, ...)."""
+
+NEGATIVE_WINDOW = 16
+"""Around a negative, the feature is active on none of so many tokens on either side."""
 
 TABLES = {
     # One row a token. Sorted by sequence and place.
@@ -26,14 +32,42 @@ TABLES = {
         model_name VARCHAR, prompt_version VARCHAR""",
     # One row a feature, dead ones too. A density is the share of (the segment's) tokens where the
     # feature is active; mean is over active tokens; clarity is the share of its strength
-    # that the statistical label explains beyond chance, from 0 to 1.
+    # that the statistical label explains beyond chance, from 0 to 1. histogram counts strengths
+    # (meta has the edges), position_counts active tokens by their place (see POSITION_EDGES; the
+    # table positions has how many tokens there are).
     "features": """
         feature_id INTEGER, count BIGINT, density DOUBLE, mean DOUBLE, max FLOAT,
         histogram BIGINT[], density_prompt DOUBLE, density_thinking DOUBLE,
-        density_response DOUBLE, clarity DOUBLE""",
-    # The strongest tokens of each feature, rank 1 first.
+        density_response DOUBLE, position_counts BIGINT[], clarity DOUBLE""",
+    # Tokens of each segment and of each bin of positions [low, high): what densities divide by.
+    "segments": "segment VARCHAR, tokens BIGINT",
+    "positions": "bin INTEGER, low BIGINT, high BIGINT, tokens BIGINT",
+    # The strongest tokens of each feature, rank 1 first; at most one of a sequence, unless the
+    # database was built with another per_sequence.
     "examples": """
         feature_id INTEGER, rank INTEGER, sequence_id BIGINT, token_idx INTEGER, strength FLOAT""",
+    # Samples of all strengths. A feature's activations in the order of strength are cut into as
+    # many intervals (quantile 0: the weakest) of equal numbers; of each some are drawn at random,
+    # rank 1 first. low and high are the interval's least and largest strength, count its size.
+    "intervals": """
+        feature_id INTEGER, quantile INTEGER, rank INTEGER, low FLOAT, high FLOAT, count BIGINT,
+        sequence_id BIGINT, token_idx INTEGER, strength FLOAT""",
+    # Random places where the feature is not active, nor within NEGATIVE_WINDOW tokens of them.
+    # Features that are active nearly everywhere have fewer of them, or none.
+    "negatives": """
+        feature_id INTEGER, rank INTEGER, sequence_id BIGINT, token_idx INTEGER""",
+    # The features that are most often active on the same tokens, by pointwise mutual information:
+    # pmi = log2(P(both) / (P(one) P(other))), of pairs that met at least five times.
+    "coactivations": """
+        feature_id INTEGER, rank INTEGER, other_id INTEGER, count BIGINT, pmi DOUBLE""",
+    # The features whose decoder directions are nearest. Empty if the build was given no SAE.
+    "neighbours": "feature_id INTEGER, rank INTEGER, other_id INTEGER, cosine FLOAT",
+    # How well labels tell a feature's contexts from others; a label is named by the first three
+    # columns (as in autointerp), judge is the model that answered, scorer such as 'detection'.
+    "scores": """
+        feature_id INTEGER, model_name VARCHAR, prompt_version VARCHAR, scorer VARCHAR,
+        judge VARCHAR, balanced_accuracy DOUBLE, f1 DOUBLE, positives INTEGER, negatives INTEGER,
+        unanswered INTEGER""",
     # The tokens that tell most about each feature: token_offset 0 is the token on which it fires,
     # -1 the one before, 1 the one after. share = P(token | fires), base = P(token),
     # lift = share / base, weighted_share = share with each activation counted by its strength.
