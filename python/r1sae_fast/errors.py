@@ -34,3 +34,7 @@ class TrainingDivergedError(R1SaeError):
 
 class MissingExtraError(R1SaeError, ImportError):
     """An optional dependency is not installed; the message has the command that installs it."""
+
+
+class LabelError(R1SaeError):
+    """A language model can't be asked, or what it says can't be used."""

@@ -26,6 +26,7 @@ RESUMABLE = {
     ("encode",),
     ("examples",),
     ("fetch",),
+    ("label",),
     ("demo",),
     ("tiny-r1", "train"),
 }

@@ -19,13 +19,14 @@ from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.build import Decode, build
 from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
+from r1sae_fast.features.labelled import choose, labellers, labels_of
 from r1sae_fast.features.opening import damaged, is_damage, open_for_reading
 from r1sae_fast.features.released import largest_feature, open_source, recognise
 from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
 from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.search import search
 from r1sae_fast.features.stream import arrow_table
-from r1sae_fast.features.summary import FeatureSummary, Label
+from r1sae_fast.features.summary import FeatureSummary, Label, Labeller
 from r1sae_fast.features.text import visible
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class FeatureDB:
     def _use(self, path: Path, connection: duckdb.DuckDBPyConnection) -> None:
         self.path = path
         self._connection = connection
+        self._chosen: Labeller | None = None
         try:
             self._columns = self._read_columns()
         except BaseException:
@@ -191,7 +193,7 @@ class FeatureDB:
             ValueError: no such feature.
         """
         feature = self._known(feature)
-        labels = self._labels(feature)
+        labels = self.labels(feature)
         names = list(SEGMENTS.values())
         if "features" not in self._columns:
             count, mean, largest = self._fetch(
@@ -221,16 +223,40 @@ class FeatureDB:
             labels,
         )
 
-    def _labels(self, feature: int) -> tuple[Label, ...]:
-        if "autointerp" not in self._columns:
-            return ()
-        rows = self._fetch(
-            "SELECT label, quality, interestingness, model_name, prompt_version FROM autointerp "
-            "WHERE feature_id = ? ORDER BY model_name IS NOT DISTINCT FROM 'statistics', "
-            "model_name, prompt_version, label",
-            [feature],
-        )
-        return tuple(Label(*row) for row in rows)
+    # -- labels ---------------------------------------------------------------------------------
+
+    @cached_property
+    def labellers(self) -> tuple[Labeller, ...]:
+        """Who labelled: models and versions of prompts, the best scored first, counting last."""
+        return labellers(self._fetch, self._columns)
+
+    @property
+    def labeller(self) -> Labeller | None:
+        """Whose labels come first: by default the best of :attr:`labellers`; None: no labels.
+
+        Set it by a model's name, or by ``name@prompt version``.
+        """
+        if self._chosen is None:
+            return self.labellers[0] if self.labellers else None
+        return self._chosen
+
+    @labeller.setter
+    def labeller(self, wanted: str | Labeller | None) -> None:
+        if isinstance(wanted, Labeller):
+            wanted = f"{wanted.model_name}@{wanted.prompt_version}"
+        self._chosen = None if wanted is None else choose(self.labellers, wanted)
+
+    def labels(self, feature: int) -> tuple[Label, ...]:
+        """A feature's labels with their scores.
+
+        That of :attr:`labeller` first, then others by score; the counted one is the last.
+
+        Raises:
+            ValueError: no such feature.
+        """
+        who = self.labeller
+        chosen = None if who is None else (who.model_name, who.prompt_version)
+        return labels_of(self._fetch, self._columns, self._known(feature), chosen)
 
     @property
     def searched(self) -> tuple[str, ...]:

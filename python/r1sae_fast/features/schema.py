@@ -63,11 +63,17 @@ TABLES = {
     # The features whose decoder directions are nearest. Empty if the build was given no SAE.
     "neighbours": "feature_id INTEGER, rank INTEGER, other_id INTEGER, cosine FLOAT",
     # How well labels tell a feature's contexts from others; a label is named by the first three
-    # columns (as in autointerp), judge is the model that answered, scorer such as 'detection'.
+    # columns (as in autointerp), judge is the model that answered, scorer 'detection' or
+    # 'fuzzing'. A figure that nothing was answered for is NULL; unanswered contexts count in none.
     "scores": """
         feature_id INTEGER, model_name VARCHAR, prompt_version VARCHAR, scorer VARCHAR,
-        judge VARCHAR, balanced_accuracy DOUBLE, f1 DOUBLE, positives INTEGER, negatives INTEGER,
-        unanswered INTEGER""",
+        judge VARCHAR, balanced_accuracy DOUBLE, f1 DOUBLE, precision DOUBLE, recall DOUBLE,
+        true_positives INTEGER, false_negatives INTEGER, true_negatives INTEGER,
+        false_positives INTEGER, unanswered INTEGER""",
+    # What a label and its scores took: answers, their tokens, and money where prices were told.
+    "label_usage": """
+        feature_id INTEGER, model_name VARCHAR, prompt_version VARCHAR, requests INTEGER,
+        prompt_tokens BIGINT, completion_tokens BIGINT, cost DOUBLE""",
     # The tokens that tell most about each feature: token_offset 0 is the token on which it fires,
     # -1 the one before, 1 the one after. share = P(token | fires), base = P(token),
     # lift = share / base, weighted_share = share with each activation counted by its strength.

@@ -1,0 +1,116 @@
+"""One feature: its label, then its scores. What was answered before is not asked again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from r1sae_fast.errors import LabelError
+from r1sae_fast.features.summary import Score
+from r1sae_fast.labels.answers import read_label, read_list
+from r1sae_fast.labels.client import Client
+from r1sae_fast.labels.cost import Prices, Usage, usage_of
+from r1sae_fast.labels.endpoint import Endpoint
+from r1sae_fast.labels.exchange import Request
+from r1sae_fast.labels.journal import Answered, Finished, Journal
+from r1sae_fast.labels.questions import QUESTIONS, Question, explain_question
+from r1sae_fast.labels.score import Judged, score_of
+from r1sae_fast.labels.settings import LabelSettings
+from r1sae_fast.labels.windows import Sample
+
+T = TypeVar("T")
+
+_TRIES = 3  # for an answer that can be read
+_WARMER = 0.7  # temperature of further tries: at 0 the model would say the same again
+
+
+class UnusableError(LabelError):
+    """The model answers, but no label can be read."""
+
+
+@dataclass
+class Asker:
+    """Asks about features, by a client and a journal that all share."""
+
+    client: Client
+    journal: Journal
+    endpoint: Endpoint
+    settings: LabelSettings
+    prices: Prices | None
+    asked: Usage  # by this run
+    replayed: int = 0  # answers that were in the journal
+
+    async def label(self, sample: Sample) -> Finished:
+        """Labels and scores a feature.
+
+        Raises:
+            UnusableError: no label could be read.
+            RequestError, EndpointError, BudgetReachedError: as the client.
+        """
+        usage = Usage()
+        messages = explain_question(sample, self.settings)
+        request = Request(self.endpoint.model, messages, self.settings.explain_tokens)
+        label = await self._ask(sample.feature, request, read_label, usage)
+        if label is None:
+            raise UnusableError(
+                f"no line 'LABEL: ...' in {_TRIES} answers (empty, cut off at explain_tokens, "
+                "or something else)"
+            )
+        scores = await _all(
+            self._score(name, sample.feature, QUESTIONS[name](label, sample, self.settings), usage)
+            for name in self.settings.scorers
+        )
+        return Finished(
+            sample.feature,
+            label,
+            self.endpoint.model,
+            self.settings.prompt_version,
+            tuple(scores),
+            usage,
+        )
+
+    async def _score(
+        self, scorer: str, feature: int, questions: list[Question], usage: Usage
+    ) -> Score:
+        async def judge(question: Question) -> Judged:
+            request = Request(self.endpoint.scorer, question.messages, self.settings.score_tokens)
+            count = len(question.truth)
+            said = await self._ask(feature, request, lambda text: read_list(text, count), usage)
+            return question.truth, said
+
+        return score_of(scorer, self.endpoint.scorer, await _all(map(judge, questions)))
+
+    async def _ask(
+        self, feature: int, request: Request, read: Callable[[str], T | None], usage: Usage
+    ) -> T | None:
+        for attempt in range(_TRIES):
+            warmth = _WARMER if attempt else 0.0
+            asked = Request(request.model, request.messages, request.max_tokens, warmth)
+            answered = self.journal.reply(asked.key, attempt)
+            if answered is None:
+                reply = await self.client.ask(asked)
+                used = usage_of(asked, reply, self.prices)
+                answered = Answered(feature, asked.key, attempt, reply, used)
+                self.journal.add_reply(answered)
+                self.asked.add(used)
+            else:
+                self.replayed += 1
+            usage.add(answered.usage)
+            # What was cut off at max_tokens was still reasoning, or in the midst of a word.
+            found = read(answered.reply.text) if answered.reply.finish != "length" else None
+            if found is not None:
+                return found
+        return None
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Does all at once, and raises only when all have ended: what is asked is also noted."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    done: list[T] = []
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+        done.append(result)
+    return done
