@@ -157,6 +157,34 @@ def test_changed_weights_are_rounded_again() -> None:
         screen.refresh(torch.tensor([200]))
 
 
+def test_the_seed_is_the_systems_unless_given() -> None:
+    x, W, b = small(40, 64, 3000, 3, torch.float32)
+    x, W = x + torch.rand(40, 64), W + torch.rand(3000, 64)
+    counts = []
+    for seed in (1, 1, 1 << 127, None, None):
+        screen = ops.Screen(W, b, "int8", seed=seed)
+        assert equal(screen.topk(x, 9), ops.topk(exact(x, W, b), 9))
+        counts.append(screen.explain().candidates)
+    assert counts[0] == counts[1]
+    seeds = {ops.Screen(W, b, "int8")._seed for _ in range(4)}
+    assert len(seeds) == 4
+    for wrong in (-1, 1 << 128):
+        with pytest.raises(ValueError, match="seed is"):
+            ops.Screen(W, b, "int8", seed=wrong)
+
+
+def test_rows_of_tiny_numbers_are_computed_whole() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, W = torch.randn(20, 32, generator=generator), torch.randn(2000, 32, generator=generator)
+    x[:15] *= 1e-14
+    x[:5] *= 1e-28
+    b = torch.zeros(2000)
+    screen = ops.Screen(W, b, "int8")
+    assert equal(screen.topk(x, 5), ops.topk(exact(x, W, b), 5))
+    assert screen.explain().exact_rows == 15
+    assert screen.explain().violations == 0
+
+
 def test_gradients_are_those_of_the_dense_path() -> None:
     x, W, b = (t.requires_grad_() for t in small(20, 64, 200, 5, torch.float32))
     codes = ops.with_gradient(ops.Screen(W, b, "int8").topk(x, 9), x, W, b)

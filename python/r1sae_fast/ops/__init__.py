@@ -12,6 +12,7 @@ from r1sae_fast.ops.code_gradients import code_gradients, sums_by_feature
 from r1sae_fast.ops.code_values import with_gradient
 from r1sae_fast.ops.decode import decode, decode_reference
 from r1sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
+from r1sae_fast.ops.row_changes import RowChanges
 from r1sae_fast.ops.screen import (
     SCREEN_KINDS,
     Screen,
@@ -25,6 +26,7 @@ from r1sae_fast.ops.topk import topk, topk_reference
 
 __all__ = [
     "SCREEN_KINDS",
+    "RowChanges",
     "Screen",
     "ScreenKind",
     "ScreenReport",

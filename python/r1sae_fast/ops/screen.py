@@ -3,8 +3,8 @@
 The dense path multiplies in full precision and then throws all but k of d_sae products away. A
 :class:`Screen` bounds them all with 8-bit products first, by a certified margin (the proof is in
 ``rust/core/src/screen/certificate.rs``), drops what the bounds exclude, and computes the rest
-exactly. Codes are then those of pre-activations summed in float64 and rounded to float32: what the
-dense path aims at and misses by the errors of its sums. (bfloat16: the product is rounded by way of
+exactly. Codes are then those of the exact pre-activations, rounded once to float32: what the dense
+path aims at and misses by the errors of its sums. (bfloat16: the product is rounded by way of
 float32, then the sum with the bias, as the dense path does.)
 
 On a GPU the screen is Triton's (float32 alone: bfloat16's tensor cores are as fast as screening),
@@ -13,6 +13,7 @@ and what takes its place without one makes no dense pre-activations either.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from typing import Literal, NamedTuple, get_args
 
@@ -29,6 +30,7 @@ from r1sae_fast.ops.encode import (
     encode_topk,
     threshold_bounds,
 )
+from r1sae_fast.ops.row_changes import RowChanges
 
 __all__ = ["SCREEN_KINDS", "Screen", "ScreenKind", "ScreenReport", "best_screen"]
 
@@ -48,8 +50,7 @@ _ROWS_OF_A_REFRESH = 64
 # Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
 _FAST_KERNELS = ("amx_int8", "avx512_vnni", "avx_vnni")
 _MOST_DIMENSIONS = 65_000
-# Draws the dither; any number serves as well, as long as the data don't depend on it.
-_SEED = 0x5EED
+_SEED_BITS = 128
 
 
 class ScreenReport(NamedTuple):
@@ -111,10 +112,17 @@ class Screen:
         kind: ``"auto"`` chooses by size, dtype and CPU; ``"int8"`` screens, which takes a byte a
             weight; ``"none"`` is the dense path.
         kernel: the CPU's instructions for the 8-bit products; ``"auto"`` for the fastest.
+        seed: of the CPU's rounding, 0 to 2^128 - 1; default drawn from the system. It shows in no
+            code, only in :meth:`explain`'s counts. The certificate holds for data that were chosen
+            without knowledge of it: give one where counts should repeat, not where a stranger
+            chooses x.
+        changes: what tells which features an optimiser has moved (see :class:`ops.RowChanges`), so
+            that only those are rounded again.
 
     Raises:
         TypeError: not a floating tensor.
-        ValueError: shapes that don't fit, or a kind that these weights can't have.
+        ValueError: shapes that don't fit, a kind that these weights can't have, or a seed out of
+            range.
     """
 
     def __init__(
@@ -124,7 +132,11 @@ class Screen:
         kind: ScreenKind = "auto",
         *,
         kernel: str = "auto",
+        seed: int | None = None,
+        changes: RowChanges | None = None,
     ) -> None:
+        if seed is not None and not 0 <= seed < 1 << _SEED_BITS:
+            raise ValueError(f"seed is {seed}; expected 0 to 2**{_SEED_BITS} - 1")
         if kind not in SCREEN_KINDS:
             raise ValueError(f"kind is {kind!r}; expected one of {', '.join(SCREEN_KINDS)}")
         if not (isinstance(W_features, Tensor) and W_features.is_floating_point()):
@@ -137,10 +149,13 @@ class Screen:
         self._W, self._b = W_features.detach(), b_enc.detach()
         self.requested: ScreenKind = kind
         self._kernel = kernel
+        self._seed = secrets.randbits(_SEED_BITS) if seed is None else seed
+        self._changes = changes
+        self._copied_bias: Tensor | None = None
         self._core: _core.Screen | GpuScreen | None = None
         # The state of the weights that the 8-bit copy is of, and the last state seen.
-        self._copied: object = None
-        self._seen: object = None
+        self._copied: tuple[int, ...] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._lock = threading.Lock()
         problem = self._obstacle()
         if kind == "int8" and problem is not None:
@@ -246,15 +261,29 @@ class Screen:
         assert not isinstance(core, GpuScreen)
         if core is None:
             threads = _common.threads(W.size)
-            core = _core.Screen(W, b, self._kernel_name(), _SEED, threads)
+            core = _core.Screen(W, b, self._kernel_name(), self._seed, threads)
             self._core = core
         else:
             self._copied = None  # should this be interrupted
             numbers = None if rows is None else rows.detach().cpu().to(torch.int64).contiguous()
             numpy = None if numbers is None else numbers.reshape(-1).numpy()
             core.refresh(W, b, numpy, _common.threads(W.size))
+        if self._changes is not None:
+            self._copied_bias = self._b.clone()
         self._copied = self._seen = state
         return core
+
+    def _moved(self, state: tuple[int, ...]) -> Tensor | None:
+        """The features that changed since the copy was made; None where nobody knows."""
+        copied, changes, bias = self._copied, self._changes, self._copied_bias
+        if copied is None or changes is None or bias is None or copied[::2] != state[::2]:
+            return None
+        rows = changes.take(copied[1], state[1])
+        if rows is None or copied[3] == state[3]:
+            return rows
+        moved = self._b != bias
+        moved[rows] = True
+        return moved.nonzero().flatten()
 
     def _state(self) -> tuple[int, ...]:
         """Changes whenever torch knows that the weights did."""
@@ -274,7 +303,7 @@ class Screen:
                 if may_wait and rows < _ROWS_OF_A_REFRESH and state != self._seen:
                     self._seen = state
                     return None
-                core = self._round(None)
+                core = self._round(None if core is None else self._moved(state))
             # The dense path knows what to do with weights that hold NaN.
             return core if core.first_bad_feature is None else None
 

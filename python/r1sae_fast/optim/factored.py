@@ -172,15 +172,19 @@ class FactoredGradient:
         """``[d_sae, d_in]``."""
         return self._rows(torch.arange(self.d_sae))
 
-    def to_sparse(self) -> Tensor:
-        """A hybrid ``torch.sparse_coo`` tensor that holds the rows of features with codes."""
+    def touched(self) -> Tensor:
+        """Which features have codes, ``[d_sae]`` bool: all other rows are 0."""
         touched = torch.zeros(self.d_sae, dtype=torch.bool)
         for lists, _, _ in self._sources:
             ones = np.ones(lists.nnz, dtype=np.float32)
             touched |= torch.from_numpy(lists.sums(ones)) > 0
         for product in self._products:
             touched[product.features] = True
-        features = touched.nonzero().flatten()
+        return touched
+
+    def to_sparse(self) -> Tensor:
+        """A hybrid ``torch.sparse_coo`` tensor that holds the rows of features with codes."""
+        features = self.touched().nonzero().flatten()
         return torch.sparse_coo_tensor(
             features[None],
             self._rows(features),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.ops._common import threads
+from r1sae_fast.ops.row_changes import RowChanges
 from r1sae_fast.optim.factored import (
     FactoredGradient,
     RustSource,
@@ -64,9 +65,20 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
         if parameter.grad is not None:
             every = torch.arange(combined.d_sae)
             combined.add_rows(every, _as_rows(parameter.grad, parameter))
-        _fused_step(settings, state, arrays, combined)
+        changes, version = getattr(parameter, "row_changes", None), parameter._version
+        asleep = state.get("asleep")
+        slept = None if asleep is None else asleep != 0
+        wake = _fused_step(settings, state, arrays, combined)
         # Torch didn't see it, and who keeps a copy of the weights asks torch.
         torch.autograd.graph.increment_version(parameter)
+        if isinstance(changes, RowChanges):
+            moved: Tensor | None = None
+            if settings.untouched == "freeze":
+                moved = combined.touched()
+            elif slept is not None and not wake:
+                # A row that fell asleep now may have been brought back to norm 1.
+                moved = ~(slept & (state["asleep"] != 0))
+            changes.note(version, parameter._version, moved)
         return
     if factored is not None:
         raise ValueError(
@@ -82,8 +94,8 @@ def _fused_step(
     state: dict[str, Tensor],
     arrays: list[NDArray[np.float32]],
     factored: FactoredGradient,
-) -> None:
-    """The step in Rust, in place."""
+) -> bool:
+    """The step in Rust, in place. Returns whether rows that slept may have moved."""
     w, m, v = arrays
     # Which rows sleep (see the Rust core), and the least learning rate since one fell asleep.
     asleep = state.get("asleep")
@@ -129,6 +141,7 @@ def _fused_step(
             part = FactoredGradient(factored.d_sae, factored.d_in)
             part.add_rows(features, block)
             update(part.rust_sources(), features)
+    return wake
 
 
 def settle(state: dict[str, Tensor], betas: tuple[float, float]) -> None:

@@ -393,7 +393,11 @@ class FastSAE(nn.Module):
         W, b = W_enc.detach().T, self.b_enc.detach()
         screen = self._screen
         if screen is None or not screen.is_of(W, b, self.screen):
-            screen = self._screen = ops.Screen(W, b, self.screen)
+            changes = ops.RowChanges(self.d_sae)
+            screen = self._screen = ops.Screen(W, b, self.screen, changes=changes)
+            # Our Adam notes there which features it moves: only those are rounded again.
+            owner = self.W_dec if self.tied else W_enc
+            owner.row_changes = changes  # type: ignore[attr-defined]  # ours
         return screen
 
     def _encode(self, x: Tensor, mode: Mode) -> SparseCodes:

@@ -79,7 +79,7 @@ fn new_core<E: Crossing>(
     w: Matrix<'_, E>,
     bias: &[E],
     kernel: Kernel,
-    seed: u64,
+    seed: u128,
     threads: usize,
 ) -> PyResult<Core> {
     let options = options(true, threads)?;
@@ -97,7 +97,7 @@ impl Screen {
         w: Floats2<'_>,
         bias: Floats1<'_>,
         kernel: &str,
-        seed: u64,
+        seed: u128,
         threads: usize,
     ) -> PyResult<Self> {
         let kernel = parse(kernel)?;

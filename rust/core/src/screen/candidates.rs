@@ -21,6 +21,18 @@ pub(super) enum Wanted<'a> {
     All,
 }
 
+impl Wanted<'_> {
+    /// Entries above which a row's list is given up: the bounds tell so little (all numbers tiny, all
+    /// features alike) that computing the row whole costs little more, and takes no memory. Where
+    /// a row may have any number of codes, only beyond half of all features.
+    pub(super) fn most_entries(self, d_sae: usize) -> usize {
+        match self {
+            Self::EachRow(k) => (d_sae / 8).max(4 * k + GROWTH),
+            Self::AllRows(..) | Self::All => (d_sae / 2).max(GROWTH),
+        }
+    }
+}
+
 /// Features of one row that may be codes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct List {
@@ -31,6 +43,8 @@ pub(super) struct List {
     pub margins2: Vec<f32>,
     /// The row's k-th largest pre-activation is not below this.
     pub bound: f32,
+    /// Given up: there were so many that the row is better computed whole. Holds none any more.
+    pub is_over: bool,
     /// Entries at which the list is cut.
     full: usize,
 }
@@ -66,7 +80,24 @@ impl List {
         }
     }
 
+    /// Gives the list up if it has more than `most` entries.
+    pub(super) fn close_above(&mut self, most: usize) {
+        if self.len() > most {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        *self = Self {
+            is_over: true,
+            ..Self::default()
+        };
+    }
+
     pub(super) fn append(&mut self, other: &Self) {
+        if self.is_over || other.is_over {
+            return self.close();
+        }
         self.bound = self.bound.max(other.bound);
         self.features.extend_from_slice(&other.features);
         self.scores.extend_from_slice(&other.scores);

@@ -5,6 +5,7 @@ use super::certificate::{FeatureBounds, RowBound};
 use super::dot::{Sum, CLOSE};
 use super::rescore::{products, Wanted, ROWS};
 use super::search::{Found, COST};
+use super::settle::Settle;
 use super::{Counts, Encoder, Rule};
 use crate::rows::{map_ranges, Matrix};
 use crate::select::{keep_largest, non_finite, Candidates, Codes, Options, Threshold};
@@ -12,7 +13,7 @@ use crate::simd::{key_of, Element};
 use crate::{Cancel, Result};
 
 /// Rows that are computed exactly at once: each has all features as candidates.
-const EXACT_ROWS: usize = 16;
+const EXACT_ROWS: usize = 64;
 
 /// What choosing reads.
 pub(super) struct Chooser<'a, E> {
@@ -40,12 +41,17 @@ impl<E: Element> Chooser<'_, E> {
                     let (list, products) = (&lists[at], &exact[starts[at]..starts[at + 1]]);
                     let wrong = self.violations(list, products);
                     let mut keys = Vec::with_capacity(list.len());
+                    let settle = Settle {
+                        x: self.x.row(first + at),
+                        norm: f64::from(rows[at].norm2).sqrt(),
+                        bounds: self.bounds,
+                    };
                     if rows[at].is_zero {
                         let zeros = (0..self.encoder.bias.len()).map(|feature| (feature, &0.0));
-                        self.row_keys(first + at, zeros, &mut keys)?;
+                        self.row_keys(first + at, settle, zeros, &mut keys)?;
                     } else if !rows[at].is_exact && wrong == 0 {
                         let features = list.features.iter().map(|feature| *feature as usize);
-                        self.row_keys(first + at, features.zip(products), &mut keys)?;
+                        self.row_keys(first + at, settle, features.zip(products), &mut keys)?;
                     }
                     Ok((keys, wrong))
                 };
@@ -158,11 +164,13 @@ impl<E: Element> Chooser<'_, E> {
     fn row_keys<'p>(
         &self,
         row: usize,
+        settle: Settle<'_, E>,
         pairs: impl Iterator<Item = (usize, &'p f64)>,
         keys: &mut Vec<u64>,
     ) -> Result<()> {
         for (feature, product) in pairs {
-            let value = E::pre_activation(*product, self.encoder.bias[feature]).to_f32();
+            let (w, bias) = (self.encoder.w.row(feature), self.encoder.bias[feature]);
+            let value = settle.value(feature, w, *product, bias).to_f32();
             if self.options.check_finite && !value.is_finite() {
                 return Err(non_finite(row));
             }
@@ -210,7 +218,8 @@ impl<E: Element> Chooser<'_, E> {
         };
         let exact = products(whole, self.options, cancel)?;
         for (row, exact) in rows.iter().zip(exact.chunks_exact(d_sae)) {
-            self.row_keys(*row, exact.iter().enumerate(), &mut chosen[*row])?;
+            let settle = Settle::of(self.x.row(*row), self.bounds);
+            self.row_keys(*row, settle, exact.iter().enumerate(), &mut chosen[*row])?;
         }
         Ok(())
     }

@@ -15,10 +15,10 @@ pub(super) struct Dither {
 }
 
 impl Dither {
-    pub(super) fn new(seed: u64, d_in: usize) -> Self {
-        let of_weights = table(seed, d_in);
-        // Another stream, whatever the seed.
-        let of_rows = table(!seed, d_in);
+    /// `seed`: 64 bits for each table, whose streams differ where the bits are the same, too.
+    pub(super) fn new(seed: u128, d_in: usize) -> Self {
+        let of_weights = table(seed as u64, d_in);
+        let of_rows = table(!((seed >> 64) as u64), d_in);
         let pairs = of_weights.iter().zip(&of_rows);
         let products =
             pairs.map(|(left, right)| (0.5 - f64::from(*left)) * (0.5 - f64::from(*right)));

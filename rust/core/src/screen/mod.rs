@@ -1,8 +1,8 @@
 //! Codes straight from x: 8-bit products bound every pre-activation, and only what the bounds can't
 //! exclude is computed exactly.
 //!
-//! The codes are those of pre-activations summed in f64 and rounded to the dtype of the weights
-//! ([`Element::pre_activation`]). What makes leaving features out safe is the
+//! The codes are those of the exact pre-activations, rounded to the dtype of the weights
+//! ([`Element::exact_pre_activation`]). What makes leaving features out safe is the
 //! certificate. Each exact value is compared with its bounds: a row in which one lies outside is
 //! computed exactly as a whole, and counted.
 
@@ -18,6 +18,7 @@ mod rescore;
 mod rows;
 mod scan;
 mod search;
+mod settle;
 mod spread;
 mod weights;
 
@@ -109,14 +110,15 @@ pub struct Encoder<'a, E> {
 }
 
 impl Screen {
-    /// Rounds all weights.
+    /// Rounds all weights. `seed` draws the dither; codes don't depend on it, but that they are right
+    /// does: nobody may choose weights or rows by it, so take it from the system.
     ///
     /// # Errors
     /// Sizes that disagree or are too large; a kernel that this CPU lacks; memory; `cancel`.
     pub fn new<E: Element>(
         encoder: Encoder<'_, E>,
         kernel: Kernel,
-        seed: u64,
+        seed: u128,
         options: Options,
         cancel: &Cancel,
     ) -> Result<Self> {

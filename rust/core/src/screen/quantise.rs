@@ -198,12 +198,11 @@ fn sum_products<T: Copy>(rounded: &[T], dither: &[f32], value: impl Fn(T) -> f32
 }
 
 /// `floor(scaled + dither) + 128`, of a product of at most 127: truncation is the floor of what is
-/// positive.
+/// positive. What is out of range (weights that another thread writes to meanwhile may be) saturates,
+/// and a NaN gives 0.
 #[inline(always)]
 fn rounded_up_by_128(scaled: f32, dither: f32) -> u8 {
-    let shifted = (scaled + dither + 128.0).clamp(0.0, 255.0);
-    // SAFETY: from 0 to 255: callers pass finite numbers, and clamp has seen to the range.
-    unsafe { shifted.to_int_unchecked::<i32>() as u8 }
+    (scaled + dither + 128.0) as u8
 }
 
 #[cfg(test)]

@@ -94,6 +94,11 @@ impl Search<'_> {
             }
             let bounds = &found.bounds[first..];
             let lists = self.chunk(&rows, bounds, cancel)?;
+            for (bound, list) in found.bounds[first..].iter_mut().zip(&lists) {
+                if list.is_over {
+                    *bound = RowBound::exact();
+                }
+            }
             if let Wanted::AllRows(wanted, shared) = self.wanted {
                 pool.add(&lists, wanted, &self.cut, shared);
             }
@@ -114,6 +119,10 @@ impl Search<'_> {
         Ok(found)
     }
 
+    fn most_entries(&self) -> usize {
+        self.wanted.most_entries(self.shape.d_sae)
+    }
+
     /// Scans one chunk of rows: each thread takes some of the panels.
     fn chunk(&self, rows: &Rows, bounds: &[RowBound], cancel: &Cancel) -> Result<Vec<List>> {
         let panels = self.shape.blocks() / 2;
@@ -131,6 +140,9 @@ impl Search<'_> {
                 parts.iter().for_each(|part| list.append(&part[row]));
                 if let Wanted::EachRow(k) = self.wanted {
                     list.cut(k, &self.cut, &mut scratch);
+                }
+                if !matches!(self.wanted, Wanted::AllRows(..)) {
+                    list.close_above(self.most_entries());
                 }
             }
         });
@@ -159,6 +171,7 @@ impl Search<'_> {
             scratch: Vec::new(),
             entries: 0,
             many: MANY,
+            most: self.most_entries(),
         };
         let (steps, row_steps) = (self.shape.steps(), rows.steps());
         let tiles = self.weights.tiles.bytes();
@@ -223,6 +236,8 @@ struct Scan<'a> {
     /// In all lists of this thread.
     entries: usize,
     many: usize,
+    /// Of one list.
+    most: usize,
 }
 
 impl Scan<'_> {
@@ -239,14 +254,18 @@ impl Scan<'_> {
         };
         let rows = blocks.iter().flat_map(|block| block.as_chunks::<PANEL>().0);
         for ((sums, row), list) in rows.zip(self.bounds).zip(lists.iter_mut()) {
-            if row.is_exact {
+            if row.is_exact || list.is_over {
                 continue;
             }
             let before = list.len();
             let bound = list.bound.max(shared);
             add_passing(sums, &bounds, row, bound, list, search.options.simd);
             match wanted {
-                Wanted::EachRow(k) if list.is_full(k) => list.cut(k, cut, &mut self.scratch),
+                Wanted::EachRow(k) if list.is_full(k) => {
+                    list.cut(k, cut, &mut self.scratch);
+                    list.close_above(self.most);
+                }
+                Wanted::All => list.close_above(self.most),
                 _ => self.entries += list.len() - before,
             }
         }
@@ -263,8 +282,10 @@ impl Scan<'_> {
         self.entries = 0;
         for list in lists {
             list.drop_below(bound);
+            list.close_above(self.most);
             self.entries += list.len();
         }
-        self.many = MANY + self.entries;
+        // Seldom enough where nothing can be dropped.
+        self.many = self.entries + MANY.max(self.entries / 4);
     }
 }

@@ -4,16 +4,19 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::simd::two_sum;
 use crate::simd::{Level, Simd};
 
 /// Exact values of a row's features.
 fn values_of<E: Element>(x: &[E], w: Matrix<'_, E>, bias: &[E]) -> Vec<f32> {
     let value = |feature: usize| {
         let pairs = x.iter().zip(w.row(feature));
-        let sum: f64 = pairs
-            .map(|(x, w)| f64::from(x.to_f32()) * f64::from(w.to_f32()))
-            .sum();
-        E::pre_activation(sum, bias[feature]).to_f32()
+        let products = pairs.map(|(x, w)| f64::from(x.to_f32()) * f64::from(w.to_f32()));
+        let (sum, rest) = products.fold((0.0, 0.0), |(sum, rest), product| {
+            let (sum, missed) = two_sum(sum, product);
+            (sum, rest + missed)
+        });
+        E::exact_pre_activation(sum, rest, bias[feature]).to_f32()
     };
     (0..w.rows()).map(value).collect()
 }
@@ -152,6 +155,44 @@ fn codes_of_normal_numbers_are_those_of_the_definition() {
     }
 }
 
+/// Sums whose last bits, lost in f64, decide how they are rounded.
+#[test]
+fn values_are_rounded_as_if_sums_were_exact() {
+    let unit = 2.0_f32.powi(-23);
+    // Halfway between two numbers, and a little more or less: to even, up, down; where up is even: down.
+    let little = 2.0_f32.powi(-90);
+    let rows = [
+        ([1.0, unit / 2.0, 0.0], 1.0),
+        ([1.0, unit / 2.0, little], 1.0 + unit),
+        ([1.0, unit / 2.0, -little], 1.0),
+        ([1.0 + unit, unit / 2.0, 0.0], 1.0 + 2.0 * unit),
+        ([1.0 + unit, unit / 2.0, little], 1.0 + 2.0 * unit),
+        ([1.0 + unit, unit / 2.0, -little], 1.0 + unit),
+    ];
+    let x: Vec<f32> = rows.iter().flat_map(|row| row.0).collect();
+    let x = Matrix::new(&x, rows.len(), 3).unwrap();
+    let w = [1.0_f32; 6];
+    // Of the second feature, the bias brings the sum to the edge.
+    for (bias, shift) in [([0.0, -5.0], 0.0), ([4.0, -5.0], 4.0)] {
+        let encoder = Encoder {
+            w: Matrix::new(&w, 2, 3).unwrap(),
+            bias: &bias,
+        };
+        for (kernel, simd) in variants() {
+            let (options, cancel) = (options(simd, 1), Cancel::new());
+            let mut screen = Screen::new(encoder, kernel, 5, options, &cancel).unwrap();
+            let codes = screen.encode(x, encoder, Rule::TopK(1), options, &cancel);
+            let values = codes.unwrap().values;
+            if shift == 0.0 {
+                assert_eq!(values, rows.map(|row| row.1));
+            } else {
+                // Of numbers from 4 to 8 the unit is four times as large: nothing is halfway.
+                assert_eq!(values, rows.map(|row| 4.0 + row.0[0] + row.0[1]));
+            }
+        }
+    }
+}
+
 #[test]
 fn few_features_are_computed_exactly() {
     let (rows, d_in, d_sae) = (8, 512, 4096);
@@ -254,6 +295,53 @@ fn hostile_rows_and_features() {
     check_all::<bf16>(&x, &w, &bias, 16, 3.0);
     let counts = check_all::<f32>(&x, &w, &vec![1e5; d_sae], 16, 3.0);
     assert!(counts.exact_rows >= 1);
+}
+
+#[test]
+fn rows_that_no_bound_can_tell_apart_are_computed_whole() {
+    let (rows, d_in, d_sae, k) = (7, 32, 1024, 3);
+    let mut normal = Normal(21);
+    let (mut x, w) = (normal.take(rows * d_in), normal.take(d_sae * d_in));
+    // The last rows are ordinary.
+    for x in &mut x[..5 * d_in] {
+        *x *= 1e-12;
+    }
+    for x in &mut x[..2 * d_in] {
+        *x *= 1e-30;
+    }
+    let bias = vec![0.0; d_sae];
+    let (x, w) = (
+        Matrix::new(&x, rows, d_in).unwrap(),
+        Matrix::new(&w, d_sae, d_in).unwrap(),
+    );
+    let encoder = Encoder { w, bias: &bias };
+    let cancel = Cancel::new();
+    for (kernel, simd) in variants() {
+        for threads in [1, 3] {
+            let options = options(simd, threads);
+            let mut screen = Screen::new(encoder, kernel, 5, options, &cancel).unwrap();
+            let codes = screen.encode(x, encoder, Rule::TopK(k), options, &cancel);
+            assert_eq!(
+                flatten(&codes.unwrap()),
+                expected(x, encoder, Rule::TopK(k))
+            );
+            let counts = screen.counts();
+            assert_eq!((counts.exact_rows, counts.violations), (5, 0));
+            assert!(
+                counts.candidates < (5 * d_sae + 2 * 300) as u64,
+                "{counts:?}"
+            );
+            // Thresholds that all features pass, and codes of all rows together.
+            for rule in [
+                Rule::Threshold(Threshold::Shared(0.0)),
+                Rule::BatchTopK(d_sae / 2),
+            ] {
+                let codes = screen.encode(x, encoder, rule, options, &cancel).unwrap();
+                assert_eq!(flatten(&codes), expected(x, encoder, rule));
+            }
+            assert_eq!(screen.counts().violations, 0);
+        }
+    }
 }
 
 proptest! {

@@ -21,6 +21,34 @@ pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + '
     /// A product in f64 and a bias, by the definition of exact codes: f32 rounds their sum once; bf16
     /// rounds the product (by way of f32) and then the sum, as a layer in bf16 does.
     fn pre_activation(product: f64, bias: Self) -> Self;
+    /// As [`Element::pre_activation`] of the product `product + rest`, of which `rest` is what one f64
+    /// can't hold; rounded as if f64 had no end.
+    fn exact_pre_activation(product: f64, rest: f64, bias: Self) -> Self;
+}
+
+/// `left + right`, and what its rounding has taken away (D. Knuth).
+#[inline(always)]
+pub fn two_sum(left: f64, right: f64) -> (f64, f64) {
+    let sum = left + right;
+    let right_part = sum - left;
+    let missed = (left - (sum - right_part)) + (right - right_part);
+    (sum, missed)
+}
+
+/// `sum + rest`, in f64, rounded to odd: who rounds it again, to 24 bits or fewer, gets what rounding
+/// the exact number once gives (S. Boldo and G. Melquiond, "Emulation of FMA", 2008).
+fn to_odd(sum: f64, rest: f64) -> f64 {
+    let (sum, rest) = two_sum(sum, rest);
+    if rest == 0.0 || sum.to_bits() & 1 == 1 || !sum.is_finite() {
+        return sum;
+    }
+    // Its neighbour on the side of what is left.
+    let away = (rest > 0.0) == (sum > 0.0);
+    f64::from_bits(if away {
+        sum.to_bits() + 1
+    } else {
+        sum.to_bits() - 1
+    })
 }
 
 impl Element for f32 {
@@ -37,6 +65,10 @@ impl Element for f32 {
     #[inline(always)]
     fn pre_activation(product: f64, bias: Self) -> Self {
         (product + f64::from(bias)) as f32
+    }
+    fn exact_pre_activation(product: f64, rest: f64, bias: Self) -> Self {
+        let (sum, missed) = two_sum(product, f64::from(bias));
+        to_odd(sum, missed + rest) as f32
     }
 }
 
@@ -60,6 +92,9 @@ impl Element for bf16 {
     fn pre_activation(product: f64, bias: Self) -> Self {
         let product = Self::from_f32(product as f32).to_f32();
         Self::from_f32(product + bias.to_f32())
+    }
+    fn exact_pre_activation(product: f64, rest: f64, bias: Self) -> Self {
+        Self::pre_activation(to_odd(product, rest), bias)
     }
 }
 

@@ -17,7 +17,7 @@ mod scalar;
 mod x86;
 
 pub(crate) use element::key_of;
-pub use element::{value_of, Element};
+pub use element::{two_sum, value_of, Element};
 pub(crate) use every_level::for_every_level;
 
 /// Environment variable that forces a level, read at first use.
