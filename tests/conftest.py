@@ -6,6 +6,7 @@ where ``CI`` is set, always draws the same; ``thorough`` draws many times more.
 
 import ipaddress
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,10 @@ if os.environ.get("R1SAE_TEST_GPU") != "1":
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+# A shell starts jobs in the background with ctrl-c ignored, and children inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadlines: a shared or loaded machine is no reason for a red test. Health checks stay on.
 _COMMON: dict[str, Any] = {"deadline": None, "print_blob": True}

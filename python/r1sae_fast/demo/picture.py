@@ -47,14 +47,15 @@ def _draw_training(axes: Any, findings: Findings) -> None:
     axes.set_title("Training")
     axes.set_xlabel("tokens (millions)")
     axes.set_ylabel("fraction of variance unexplained", color=_BLUE)
-    axes.plot(tokens, [line["fvu"] for line in lines], color=_BLUE, linewidth=1.6)
+    fvus = [line["fvu"] for line in lines]
+    axes.plot(tokens, fvus, color=_BLUE, linewidth=1.6)
     held_out = findings.sae["fvu_batch_topk"]
     axes.axhline(held_out, color=_BLUE, linewidth=0.9, linestyle=":")
     axes.annotate(
         f"held-out {held_out:.3f}", (0, held_out), xycoords=("axes fraction", "data"),
         xytext=(4, 3), textcoords="offset points", va="bottom", color=_BLUE,
     )  # fmt: skip
-    _logarithmic(axes)
+    _logarithmic(axes, 0.9 * min(*fvus, held_out), 1.1 * max(*fvus, held_out))
     axes.grid(alpha=0.25, linewidth=0.5)
     dead = axes.twinx()
     dead.spines["right"].set_visible(True)
@@ -63,10 +64,12 @@ def _draw_training(axes: Any, findings: Findings) -> None:
     dead.set_ylim(0, max(5.0, *dead.get_ylim()))
 
 
-def _logarithmic(axes: Any) -> None:
+def _logarithmic(axes: Any, low: float, high: float) -> None:
     """A log scale of y, with a number at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import LogLocator, NullLocator
 
+    # First: matplotlib warns if it is to choose limits for bars that are all as high.
+    axes.set_ylim(low, high)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -80,7 +83,7 @@ def _draw_densities(axes: Any, findings: Findings) -> None:
     axes.set_xlabel("share of held-out tokens on which a feature fires")
     axes.set_ylabel("features")
     if len(alive):
-        low, high = np.floor(alive.min()), 0.0
+        low, high = min(np.floor(alive.min()), -1.0), 0.0
         edges = np.linspace(low, high, int((high - low) * 8) + 1)
         axes.hist(alive, bins=edges, color=_BLUE, alpha=0.85, edgecolor="white", linewidth=0.4)
         median = float(np.median(alive))
@@ -115,8 +118,7 @@ def _draw_detector(axes: Any, findings: Findings) -> None:
             values, bins=edges, weights=np.full(len(values), 100 / max(len(values), 1)),
             color=colour, alpha=0.65, label=f"{name} ({len(values)})",
         )  # fmt: skip
-    _logarithmic(axes)
-    axes.set_ylim(0.05, 150)
+    _logarithmic(axes, 0.05, 150)
     axes.set_xlabel(f"strength of feature {first.feature} {MOMENT_NAMES[first.moment]}")
     axes.set_ylabel("share of steps (%)")
     axes.legend(

@@ -93,7 +93,8 @@ async def _piece(
             # Not every server minds If-Match.
             if (result.meta["e_tag"], result.meta["size"]) != (remote.etag, remote.size):
                 raise exceptions.PreconditionError("another ETag or size")
-            chunks = aiter(result.stream(min_chunk_size=_CHUNK))
+            # A connection that ends drops what was gathered of a chunk: a bad one gathers nothing.
+            chunks = aiter(result.stream(min_chunk_size=1 if failures else _CHUNK))
             while True:
                 try:
                     data = memoryview(await anext(chunks))
