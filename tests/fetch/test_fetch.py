@@ -141,8 +141,9 @@ def test_it_goes_on_where_it_was_cut(stored: bytes, proxy: Any, tmp_path: Path) 
         fetch(proxy.url, path, jobs=2)
     assert not path.exists()
     assert {file.name for file in tmp_path.iterdir()} == {"file.ddb.part", "file.ddb.part.jsonl"}
+    # Six were answered; the last of them may not have come when the other task gave up.
     before = proxy.served
-    assert before >= 6 * PIECE
+    assert before >= 5 * PIECE
     # A piece that was damaged meanwhile, and a line that a crash cut in half.
     with (tmp_path / "file.ddb.part").open("r+b") as part:
         part.seek(10)
@@ -152,7 +153,7 @@ def test_it_goes_on_where_it_was_cut(stored: bytes, proxy: Any, tmp_path: Path) 
     proxy.mischief = lambda answer: None
     assert fetch(proxy.url, path)
     assert path.read_bytes() == stored
-    assert proxy.served - before <= len(stored) - 5 * PIECE
+    assert proxy.served - before <= len(stored) - 4 * PIECE
     assert alone(path)
 
 
