@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,10 +13,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from r1sae_fast.features import FeatureDB
+    from r1sae_fast.features.query import Frame
+    from r1sae_fast.features.query.frame import ArrowFrame
 
 Database = Annotated[Path, typer.Argument(help="The database file.", show_default=False)]
 Feature = Annotated[int, typer.Argument(help="The feature's id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Write a file instead: .parquet, .jsonl, .csv or .arrow."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")]
+ShownContexts = Annotated[int, typer.Option("--n", "-n", help="Contexts, one a sequence.")]
+ShownWindow = Annotated[int, typer.Option("--window", "-w", help="Tokens on either side.")]
+ShownPerInterval = Annotated[
+    int, typer.Option("--per-interval", help="Contexts from each interval of strengths.")
+]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -122,9 +135,11 @@ def top(
 @app.command()
 def search(
     database: Database,
-    text: Annotated[str, typer.Argument(help="Part of a label or of a token.", show_default=False)],
+    text: Annotated[str, typer.Argument(help="Words of labels or tokens.", show_default=False)],
     n: Annotated[int, typer.Option("--n", "-n", help="At most so many features.")] = 20,
     as_json: Json = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find features by label, and by the tokens on which they fire."""
     from rich.text import Text
@@ -136,17 +151,17 @@ def search(
     with _open(database) as db:
         hits = db.search(text, n)
         searched = db.searched
-    if as_json:
-        _print_json([hit.to_dict() for hit in hits])
+    if _given_out(hits, as_json, out, overwrite):
         return
-    table = _table("feature", "active on", "label", "found by", numbers=2)
+    table = _table("feature", "active on", "score", "label", "found by", numbers=3)
     for hit in hits:
-        found_by = "label"
+        found_by = "label" if hit.matched == "label" else ""
         if hit.token is not None and hit.token_offset is not None:
-            found_by = f'{VERBS[hit.token_offset]} "{visible(hit.token)}"'
+            found_by += ", " if found_by else ""
+            found_by += f'{VERBS[hit.token_offset]} "{visible(hit.token)}"'
         label = Text() if hit.label is None else label_text(hit.label, hit.model_name)
         count = "" if hit.count is None else f"{hit.count:,}"
-        table.add_row(str(hit.feature_id), count, label, Text(found_by))
+        table.add_row(str(hit.feature_id), count, f"{hit.score:.2f}", label, Text(found_by))
     nothing = f"no feature found; {' and '.join(searched)} were searched"
     if "labels" not in searched:
         nothing += " (this file has no labels: no table autointerp)"
@@ -154,15 +169,55 @@ def search(
 
 
 @app.command()
+def find(
+    database: Database,
+    where: Annotated[
+        str | None,
+        typer.Argument(
+            help="A condition, such as 'density < 1e-3 and thinking_density > 5 * prompt_density'; "
+            "without it all features.",
+            show_default=False,
+        ),
+    ] = None,
+    sort: Annotated[
+        str, typer.Option("--sort", "-s", help="Columns, by commas; -density: largest first.")
+    ] = "feature_id",
+    n: Annotated[int, typer.Option("--n", "-n", help="At most so many features.")] = 20,
+    columns: Annotated[
+        str | None, typer.Option(help="Which columns, by commas; a wrong one lists all.")
+    ] = None,
+    as_json: Json = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find features by their statistics: density by segment, strengths, labels and their scores.
+
+    A condition has Python's arithmetic and comparisons, and, or, not, in ('wait' in label), and
+    abs, sqrt, log, log2, log10, min, max, known(column).
+    """
+    names = None if columns is None else [name.strip() for name in columns.split(",")]
+    with _open(database) as db:
+        found = db.find(where, sort=sort.split(","), n=n, columns=names)
+    if not _given_out(found, as_json, out, overwrite):
+        _print(_frame_table(found) if len(found) else "no feature found")
+
+
+@app.command()
 def show(
     database: Database,
     feature: Feature,
-    n: Annotated[int, typer.Option("--n", "-n", help="Contexts, one a sequence.")] = 5,
-    window: Annotated[int, typer.Option("--window", "-w", help="Tokens on either side.")] = 10,
+    n: ShownContexts = 5,
+    window: ShownWindow = 10,
+    per_interval: ShownPerInterval = 2,
 ) -> None:
     """Show a feature: statistics, labels, and contexts highlighted by strength."""
+    print_shown(database, feature, n, window, per_interval)
+
+
+def print_shown(database: Path, feature: int, n: int, window: int, per_interval: int) -> None:
+    """Prints a feature's picture."""
     with _open(database) as db:
-        _print(db.show(feature, n, window))
+        _print(db.show(feature, n, window, per_interval=per_interval))
 
 
 @app.command()
@@ -239,9 +294,48 @@ def _table(*columns: str, numbers: int = 0) -> Table:
     return table
 
 
+def _frame_table(frame: Frame, shown: int | None = None) -> Table:
+    """The frame's rows; numbers to the right, and short."""
+    from rich.text import Text
+
+    from r1sae_fast.features.text import visible
+
+    table = _table(*frame.columns)
+    rows = frame.to_dicts()[:shown]
+    for column, name in zip(table.columns, frame.columns, strict=True):
+        if any(isinstance(row[name], (int, float)) for row in rows):
+            column.justify, column.no_wrap = "right", True
+    for row in rows:
+        cells = []
+        for value in row.values():
+            if value is None:
+                cells.append(Text("–", style="dim"))
+            elif isinstance(value, float):
+                cells.append(Text(f"{value:.4g}"))
+            else:
+                cells.append(Text(visible(str(value))))
+        table.add_row(*cells)
+    return table
+
+
+def _given_out(frame: ArrowFrame, as_json: bool, out: Path | None, overwrite: bool) -> bool:
+    """Whether the frame went into a file, or out as JSON."""
+    if out is not None:
+        frame.write(out, overwrite=overwrite)
+        typer.echo(str(out))
+    elif as_json:
+        _print_json(frame.to_arrow().to_pylist())
+    return out is not None or as_json
+
+
 def _print(what: Any) -> None:
+    import sys
+
     from rich.console import Console
 
+    # A pipe or a terminal may not know all of Unicode; a sign less is no reason to fail.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     Console(markup=False, highlight=False).print(what)
 
 

@@ -23,6 +23,7 @@ from r1sae_fast.cli import (
     inspect,
     label,
     plan,
+    show,
     tiny_r1,
     train,
 )
@@ -41,6 +42,7 @@ COMMANDS = [
     examples,
     features,
     label,
+    show,
     fetch,
     tiny_r1,
     inspect,

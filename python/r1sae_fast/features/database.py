@@ -21,24 +21,22 @@ from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
 from r1sae_fast.features.labelled import choose, labellers, labels_of
 from r1sae_fast.features.opening import damaged, is_damage, open_for_reading
+from r1sae_fast.features.questions import Questions
 from r1sae_fast.features.released import largest_feature, open_source, recognise
-from r1sae_fast.features.results import SearchHits, TopExample, TopExamples
+from r1sae_fast.features.results import TopExample, TopExamples
 from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
-from r1sae_fast.features.search import search
 from r1sae_fast.features.stream import arrow_table
 from r1sae_fast.features.summary import FeatureSummary, Label, Labeller
 from r1sae_fast.features.text import visible
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from r1sae_fast.examples import Examples
     from r1sae_fast.shards import CodeShards
 
 StrPath = str | os.PathLike[str]
 
 
-class FeatureDB:
+class FeatureDB(Questions):
     """A feature database, opened for reading (so several programs may read it at once).
 
     Built ones (:meth:`build`) and Goodfire's released ones: of the latter ``tokens`` and
@@ -258,12 +256,6 @@ class FeatureDB:
         chosen = None if who is None else (who.model_name, who.prompt_version)
         return labels_of(self._fetch, self._columns, self._known(feature), chosen)
 
-    @property
-    def searched(self) -> tuple[str, ...]:
-        """What :meth:`search` looks at in this file: ``labels``, ``tokens``, both or neither."""
-        places = {"autointerp": "labels", "token_lift": "tokens"}
-        return tuple(name for table, name in places.items() if table in self._columns)
-
     # -- queries --------------------------------------------------------------------------------
 
     def top(
@@ -317,26 +309,6 @@ class FeatureDB:
             ]
         )
 
-    def search(self, text: str, n: int = 20) -> SearchHits:
-        """Features whose label holds ``text``, or that fire on (or beside) tokens which hold it.
-
-        Case does not matter. Tokens are those of the table ``token_lift``, the ten that tell most
-        about each feature; a file without it is searched by label alone.
-
-        Raises:
-            ValueError: empty text.
-            DatabaseError: the file has neither labels nor token_lift.
-        """
-        if not text:
-            raise ValueError("the text to search for is empty; expected a word or a part of one")
-        if not self.searched:
-            raise DatabaseError(
-                f"{self.path}: nothing to search: it has neither labels (table autointerp) nor "
-                "token_lift. Released databases keep their labels in a file of their own "
-                "(autointerp.db), which FeatureDB.open joins where it lies beside the database"
-            )
-        return SearchHits(search(self._fetch, self._columns, text)[: max(n, 0)])
-
     def sql(self, query: str, parameters: Sequence[object] | None = None) -> pa.Table:
         """The result of any query that reads, as an Arrow table.
 
@@ -358,18 +330,6 @@ class FeatureDB:
         if table is None:
             raise ValueError("SQL: the query gives no rows; expected one that reads (SELECT ...)")
         return table
-
-    def show(self, feature: int, n: int = 5, window: int = 10) -> RenderableType:
-        """A picture of a feature for ``rich.print``: statistics, labels, highlighted contexts.
-
-        Raises:
-            ValueError: no such feature.
-        """
-        from r1sae_fast.features.show import feature_panel
-
-        summary = self.feature(feature)
-        examples = self.top(feature, n, window, per_sequence=1)
-        return feature_panel(summary, examples, self.histogram_edges)
 
     def export(self, folder: StrPath, *, overwrite: bool = False) -> list[Path]:
         """Writes each table to ``folder/<table>.parquet``, each whole or not at all.
@@ -424,6 +384,13 @@ class FeatureDB:
                 if is_damage(error):
                     raise damaged(self.path, error) from None
                 raise DatabaseError(f"{self.path}: {error}") from None
+
+    def _fetch_arrow(self, query: str) -> pa.Table:
+        with self._cursor() as cursor:
+            try:
+                return interruptible(cursor, lambda: arrow_table(cursor, query, ()))
+            except duckdb.Error as error:
+                raise damaged(self.path, error) from None
 
     def _read_columns(self) -> dict[str, set[str]]:
         columns: dict[str, set[str]] = {}

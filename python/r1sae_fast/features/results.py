@@ -8,6 +8,7 @@ from typing import Any, TypeVar, overload
 
 import pyarrow as pa
 
+from r1sae_fast.features.query.frame import ArrowFrame
 from r1sae_fast.features.text import visible
 
 Record = TypeVar("Record", bound="TopExample | SearchHit")
@@ -58,11 +59,12 @@ class TopExample:
 class SearchHit:
     """A feature that a search found.
 
-    ``matched`` says by what: ``"label"`` (one that a model wrote) or ``"token"``; then ``token``
-    is the text of the token and ``token_offset`` where it is (0: the feature fires on it, -1:
-    after it, 1: before it). ``label`` is the label that matched, or the feature's best.
-    ``score`` orders hits: 1 + clarity for labels; for tokens the share of the feature's strength
-    on that token, less for neighbours.
+    ``matched`` says by what: ``"label"`` (one that a model wrote) or ``"token"`` alone. ``token``
+    is the text of the best token found and ``token_offset`` where it is (0: the feature fires on
+    it, -1: after it, 1: before it). ``label`` is the label that matched, or the feature's best.
+    ``score`` orders hits: a label's is from 0 to 2 (more than 1 if it has all words), a token's
+    the share of the feature's strength on it, from 0 to 1, less for neighbours and for parts of
+    tokens; one that is found by both has the sum.
     """
 
     feature_id: int
@@ -79,7 +81,7 @@ class SearchHit:
         return asdict(self)
 
 
-class Records(Sequence[Record]):
+class Records(Sequence[Record], ArrowFrame):
     """An immutable sequence of records."""
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -108,13 +110,10 @@ class Records(Sequence[Record]):
         """One row a record, one column a field."""
         return pa.Table.from_pylist([r.to_dict() for r in self._records], schema=self._SCHEMA)
 
-    def to_pandas(self) -> Any:
-        """As :meth:`to_arrow`, as a pandas data frame.
+    def _repr_html_(self) -> str:
+        from r1sae_fast.features.page.tables import table_html
 
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return self.to_arrow().to_pandas()
+        return table_html(self.to_arrow())
 
     _SCHEMA: pa.Schema
 

@@ -1,4 +1,4 @@
-"""A feature in the terminal: its statistics, its labels, and its examples in heat colours."""
+"""A feature in the terminal: statistics, labels, examples in heat colours, neighbours."""
 
 from __future__ import annotations
 
@@ -11,23 +11,35 @@ from rich.table import Table
 from rich.text import Text
 
 from r1sae_fast.features.results import TopExample
-from r1sae_fast.features.text import visible
+from r1sae_fast.features.text import quoted, visible
 
 if TYPE_CHECKING:
-    from r1sae_fast.features.summary import FeatureSummary
+    from r1sae_fast.features.summary import FeatureSummary, Label
+    from r1sae_fast.features.view import FeatureView, Interval, Related
 
 # Backgrounds from faint to full strength; on each the text stays readable.
 _HEAT = ("#fff3d6", "#ffe0a3", "#ffc266", "#ff9a3d", "#f2622e")
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
-def feature_panel(
-    summary: FeatureSummary, examples: Sequence[TopExample], edges: Sequence[float] | None
-) -> RenderableType:
-    """Everything that is known of a feature, in a frame."""
-    parts: list[RenderableType] = [*_label_lines(summary), _statistics(summary, edges)]
-    if examples:
-        parts += [Text(), _contexts(examples, summary.max)]
+def feature_panel(view: FeatureView, *, marks: bool = False) -> RenderableType:
+    """Everything that is known of a feature, in a frame.
+
+    ``marks``: active tokens stand between signs, for terminals and files without colour.
+    """
+    summary = view.summary
+    parts: list[RenderableType] = [*_label_lines(summary), _statistics(view)]
+    if view.examples:
+        parts += [Text(), _heading("strongest"), _contexts(view.examples, summary.max, marks)]
+    for interval in reversed(view.intervals):
+        parts += [Text(), _interval_heading(interval)]
+        parts.append(_contexts(interval.examples, summary.max, marks))
+    for heading, unit, related in (
+        ("nearest decoder directions", "cosine", view.neighbours),
+        ("active together", "PMI, bits", view.coactivations),
+    ):
+        if related:
+            parts += [Text(), _heading(heading), _related(related, unit)]
     title = Text(f"feature {summary.feature_id}", style="bold")
     return Panel(Group(*parts), title=title, title_align="left", border_style="cyan")
 
@@ -39,10 +51,19 @@ def label_text(label: str, model_name: str | None) -> Text:
     return Text.assemble((visible(label), "bold"), (f"  ({visible(origin)})", "dim"))
 
 
-def heat(context: TopExample, scale: float) -> Text:
-    """The context, each token's background by its strength relative to ``scale``."""
+def heat(context: TopExample, scale: float, *, marks: bool = False) -> Text:
+    """The context, each token's background by its strength relative to ``scale``.
+
+    The token itself stands «so», with ``marks`` other active ones ‹so›; where one of R1's segments
+    begins, its name stands before it.
+    """
     text = Text(no_wrap=False)
+    segment: str | None = None
     for token in context.context:
+        if token.segment != segment and token.segment is not None:
+            text.append(f"[{visible(token.segment)}]", style="italic dim")
+            text.append(" ")
+        segment = token.segment
         piece = f"[{token.token}]" if token.text is None else visible(token.text)
         style = ""
         if token.strength > 0 and scale > 0:
@@ -51,6 +72,8 @@ def heat(context: TopExample, scale: float) -> Text:
         if token.token_idx == context.token_idx:
             # Marked by signs too, for terminals and files without colour.
             piece, style = f"«{piece}»", f"{style} bold"
+        elif marks and token.strength > 0:
+            piece = f"‹{piece}›"
         text.append(piece, style=style.strip() or None)
     return text
 
@@ -70,13 +93,49 @@ def sparkline(histogram: Sequence[int], edges: Sequence[float]) -> str:
     return f"{edges[low]:.3g} {bars} {edges[high + 1]:.3g}"
 
 
+def score_words(label: Label) -> str:
+    """A label's balanced accuracies (chance: 0.5), with 95% margins; counted ones need none."""
+    if label.statistical:
+        return ""
+    if not label.scores:
+        return "not scored"
+    words = []
+    for score in label.scores:
+        if score.balanced_accuracy is None:
+            words.append(f"{visible(score.scorer)} unanswered")
+        else:
+            words.append(
+                f"{visible(score.scorer)} {score.balanced_accuracy:.2f} ± {score.margin or 0:.2f}"
+            )
+    return ", ".join(words)
+
+
 def _label_lines(summary: FeatureSummary) -> list[Text]:
     if not summary.labels:
         return [Text("no label", style="dim")]
-    return [label_text(label.label, label.model_name) for label in summary.labels]
+    lines = []
+    for label in summary.labels:
+        line = label_text(label.label, label.model_name)
+        words = score_words(label)
+        if words:
+            line.append(f"  [{words}]", style="dim" if not label.scores else "green")
+        lines.append(line)
+    return lines
 
 
-def _statistics(summary: FeatureSummary, edges: Sequence[float] | None) -> Table:
+def _heading(title: str) -> Text:
+    return Text(title, style="cyan bold")
+
+
+def _interval_heading(interval: Interval) -> Text:
+    return Text.assemble(
+        (f"interval {interval.number + 1}", "cyan bold"),
+        (f"  {interval.low:.3g} to {interval.high:.3g}, {interval.count:,} activations", "dim"),
+    )
+
+
+def _statistics(view: FeatureView) -> Table:
+    summary = view.summary
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -88,17 +147,36 @@ def _statistics(summary: FeatureSummary, edges: Sequence[float] | None) -> Table
     known = {name: d for name, d in summary.segment_density.items() if d is not None}
     if summary.count and known:
         table.add_row("density", ", ".join(f"{name} {d:.3%}" for name, d in known.items()))
-    if summary.count and summary.histogram is not None and edges is not None:
-        table.add_row("histogram", sparkline(summary.histogram, edges))
+    if summary.count and summary.histogram is not None and view.edges is not None:
+        table.add_row("histogram", sparkline(summary.histogram, view.edges))
+    if view.tokens:
+        words = Text()
+        for token in view.tokens:
+            words.append(("   " if words else "") + quoted(token.text, token.token))
+            words.append(f" {token.share:.0%}, lift {token.lift:.3g}", style="dim")
+        table.add_row("tokens", words)
     return table
 
 
-def _contexts(examples: Sequence[TopExample], scale: float) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+def _contexts(examples: Sequence[TopExample], scale: float, marks: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     table.add_column("strength", justify="right", style="green", no_wrap=True)
     table.add_column("sequence:place", style="dim", no_wrap=True)
     table.add_column("context", overflow="fold")
     for example in examples:
         place = f"{example.sequence_id}:{example.token_idx}"
-        table.add_row(f"{example.strength:.4g}", place, heat(example, scale))
+        table.add_row(f"{example.strength:.4g}", place, heat(example, scale, marks=marks))
+    return table
+
+
+def _related(features: Sequence[Related], unit: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("feature", justify="right", no_wrap=True)
+    table.add_column(unit, justify="right", style="green", no_wrap=True)
+    table.add_column("label", overflow="fold")
+    for other in features:
+        label = Text("no label", style="dim")
+        if other.label is not None:
+            label = label_text(other.label, other.model_name)
+        table.add_row(str(other.feature_id), f"{other.value:.3f}", label)
     return table

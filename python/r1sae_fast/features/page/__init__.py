@@ -1,0 +1,1 @@
+"""Features as HTML, for notebooks: everything escaped, readable in light and dark."""
