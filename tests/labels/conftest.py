@@ -326,3 +326,8 @@ def guessing(knowing: Behave) -> Behave:
         return Answer(str(coins))
 
     return behave
+
+
+@pytest.fixture(name="make_answer")
+def _make_answer() -> type[Answer]:
+    return Answer

@@ -11,7 +11,9 @@ MAX_LABEL = 500
 
 _OPENS = re.compile(r"\s*<(think|thinking|reasoning)>", re.IGNORECASE)
 _CLOSES = re.compile(r"</(think|thinking|reasoning)>", re.IGNORECASE)
-_LABEL = re.compile(r"^[ \t>*_#`]*label[ \t*_`]*[::][ \t*_`]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_LABEL = re.compile(
+    r"^[ \t>*_#`]*label[ \t*_`]*[:\uff1a](?:\*\*(?=\s))?[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE
+)
 _LIST = re.compile(r"\[[^\[\]]*\]")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 from r1sae_fast.features.text import visible
@@ -10,6 +11,8 @@ from r1sae_fast.labels.windows import Window
 MARKS = (("<<", ">>"), ("⟦", "⟧"), ("{{", "}}"), ("⟪", "⟫"))
 """Pairs of marks, the field's own first; another where a text has these itself."""
 
+# What a chat template would take for its own: <|im_end|>, R1's <｜User｜>.
+_CONTROL = re.compile(r"<[|\uff5c]([^<>|\uff5c\n]{1,60})[|\uff5c]>")
 _LISTED = 10  # strengths below a passage
 
 
@@ -21,7 +24,7 @@ def choose_marks(windows: Iterable[Window]) -> tuple[str, str]:
 
 def plain(window: Window) -> str:
     """The text alone."""
-    return visible("".join(window.texts))
+    return _shown("".join(window.texts))
 
 
 def marked(window: Window, positions: Collection[int], marks: tuple[str, str]) -> str:
@@ -32,7 +35,12 @@ def marked(window: Window, positions: Collection[int], marks: tuple[str, str]) -
             inside = not inside
             parts.append(marks[0] if inside else marks[1])
         parts.append(visible(text))
-    return "".join(parts) + (marks[1] if inside else "")
+    return _shown("".join(parts) + (marks[1] if inside else ""))
+
+
+def _shown(text: str) -> str:
+    """On one line, nothing invisible, and no token that would end the passage or the turn."""
+    return _CONTROL.sub(lambda match: f"⟨{match.group(1)}⟩", visible(text))
 
 
 def active_positions(window: Window, threshold: float) -> tuple[int, ...]:
@@ -44,7 +52,7 @@ def active_positions(window: Window, threshold: float) -> tuple[int, ...]:
 def strengths_line(window: Window, positions: Sequence[int], largest: float) -> str:
     """The marked tokens with their strengths from 1 to 10, ``largest`` being 10."""
     listed = [
-        f'"{visible(window.texts[i])}" {max(1, round(10 * window.strengths[i] / largest))}'
+        f'"{_shown(window.texts[i])}" {max(1, round(10 * window.strengths[i] / largest))}'
         for i in positions[:_LISTED]
     ]
     more = ", ..." if len(positions) > _LISTED else ""

@@ -200,8 +200,12 @@ class _Round:
         left = iter(features)
         workers = [asyncio.create_task(self._worker(left)) for _ in range(2 + jobs // 4)]
         ticking = asyncio.create_task(self._tick())
+        all_done = asyncio.gather(*workers)
         try:
-            await asyncio.gather(*workers)
+            await asyncio.wait([all_done, ticking], return_when=asyncio.FIRST_COMPLETED)
+            if ticking.done():
+                await ticking  # raises what ``watch`` did
+            await all_done
         finally:
             for task in (*workers, ticking):
                 task.cancel()
