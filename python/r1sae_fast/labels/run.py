@@ -202,7 +202,8 @@ class _Round:
         ticking = asyncio.create_task(self._tick())
         all_done = asyncio.gather(*workers)
         try:
-            await asyncio.wait([all_done, ticking], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[Any]] = [all_done, ticking]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if ticking.done():
                 await ticking  # raises what ``watch`` did
             await all_done
