@@ -129,8 +129,8 @@ def test_bad_arguments_are_refused() -> None:
         ops.decode(codes, W_dec.T, b_dec)
     with pytest.raises(ValueError, match=r"b_dec has shape \(6,\); expected \(4,\)"):
         ops.decode(codes, W_dec, torch.zeros(6))
-    with pytest.raises(TypeError, match=r"float32 but W_dec torch\.bfloat16"):
-        ops.decode(codes, W_dec.bfloat16())
+    with pytest.raises(TypeError, match=r"float32 but W_dec torch\.float64"):
+        ops.decode(codes, W_dec.double())
     with pytest.raises(ValueError, match="cpu but W_dec on meta"):
         ops.decode(codes, W_dec.to("meta"))
 
@@ -165,3 +165,31 @@ def test_opcheck(dtype: torch.dtype, gradient: bool, with_bias: bool) -> None:
     torch.library.opcheck(
         own.decode_gradient_of_weight.default, (upstream, codes.values, *sparse, 12)
     )
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_weights_in_16_bits_are_widened(
+    level: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    ops.set_simd(level)
+    rows, d_sae = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([1, 40, 123]))
+    d_in = data.draw(st.sampled_from([1, 7, 16, 63, 64, 123]))
+    seed = data.draw(st.integers(0, 2**31))
+    codes, W_dec, b_dec, gradient = problem(rows, d_sae, d_in, seed, torch.float32)
+    kept = W_dec.to(dtype)
+    found = run(codes, kept, b_dec, gradient)
+    expected = run(codes, kept.float(), b_dec, gradient)
+    expected[2] = expected[2].to(dtype)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_weights_in_16_bits_stand_beside_float32_alone() -> None:
+    codes, W_dec, b_dec, _ = problem(3, 4, 5, 0, torch.float32)
+    for values in (torch.bfloat16, torch.float64):
+        with pytest.raises(TypeError, match="float16"):
+            ops.decode(codes.to(values), W_dec.half(), b_dec.to(values))
+    with pytest.raises(TypeError, match="b_dec"):
+        ops.decode(codes, W_dec.half(), b_dec.half())

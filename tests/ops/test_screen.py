@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from r1sae_fast import FastSAE, SparseCodes, _core, ops
 from r1sae_fast.errors import NonFiniteError
 
-KERNELS = _core.screen_kernels()[1]
+KINDS: tuple[ops.ScreenKind, ...] = ("int8", "bf16")
+KERNELS = [(kind, kernel) for kind in KINDS for kernel in _core.screen_kernels(kind)[1]]
 DTYPES = [torch.float32, torch.bfloat16]
 RULES = ["topk", "batch_topk", "threshold"]
 
@@ -78,8 +79,8 @@ def test_every_kernel_gives_the_codes_of_the_definition(
     k = round(share * d_sae)
     theta = torch.linspace(-1, 9, d_sae)
     pre = exact(x, W, b)
-    for kernel in KERNELS:
-        screen = ops.Screen(W, b, "int8", kernel=kernel)
+    for kind, kernel in KERNELS:
+        screen = ops.Screen(W, b, kind, kernel=kernel)
         for rule in RULES:
             found = encode(screen, rule, x, k, theta)
             assert equal(found.check(), select(rule, pre, k, theta)), (kernel, rule)
@@ -88,7 +89,8 @@ def test_every_kernel_gives_the_codes_of_the_definition(
 
 @pytest.mark.parametrize("level", ops.simd_info().available)
 @pytest.mark.parametrize("rule", RULES)
-def test_hostile_rows_at_every_level(level: str, rule: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_rows_at_every_level(level: str, rule: str, kind: ops.ScreenKind) -> None:
     ops.set_simd(level)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(40, 96, generator=generator)
@@ -103,7 +105,7 @@ def test_hostile_rows_at_every_level(level: str, rule: str) -> None:
     W[70], W[71], W[72] = 0, 1e-30, 1e11
     b = torch.randn(300, generator=generator) / 10
     theta = torch.tensor(4.0)
-    screen = ops.Screen(W, b, "int8")
+    screen = ops.Screen(W, b, kind)
     for k in (0, 1, 59, 300):
         found = encode(screen, rule, x, k, theta)
         expected = select(rule, exact(x, W, b), k, theta)
@@ -115,13 +117,14 @@ def test_hostile_rows_at_every_level(level: str, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_feature_beyond_all_bounds_stays_a_candidate(rule: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_feature_beyond_all_bounds_stays_a_candidate(rule: str, kind: ops.ScreenKind) -> None:
     """Its product is small beside its weights, and still the largest of all."""
     W, b = torch.randn(300, 256, generator=torch.Generator().manual_seed(2)), torch.zeros(300)
     W[7] = 1e30
     b[100:164] = 1e20
     x, theta = 1e-7 * torch.ones(4, 256), torch.tensor(1e20)
-    found = encode(ops.Screen(W, b, "int8"), rule, x, 8, theta)
+    found = encode(ops.Screen(W, b, kind), rule, x, 8, theta)
     assert (found.to_dense()[:, 7] > 1e25).all()
     assert equal(found, select(rule, exact(x, W, b), 8, theta))
 
@@ -140,9 +143,10 @@ def test_rows_of_zeros_take_no_products(rule: str) -> None:
         assert report.candidates <= 10 * 200
 
 
-def test_changed_weights_are_rounded_again() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_weights_are_rounded_again(kind: ops.ScreenKind) -> None:
     x, W, b = small(100, 64, 200, 3, torch.float32)
-    screen = ops.Screen(W, b, "int8")
+    screen = ops.Screen(W, b, kind)
     assert equal(screen.topk(x, 9), ops.topk(exact(x, W, b), 9))
     W.neg_()
     assert equal(screen.topk(x, 9), ops.topk(exact(x, W, b), 9))
@@ -155,6 +159,26 @@ def test_changed_weights_are_rounded_again() -> None:
     assert screen.explain().violations == 0
     with pytest.raises(ValueError, match="200"):
         screen.refresh(torch.tensor([200]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bf16_bounds_without_a_chance_of_failing(dtype: torch.dtype) -> None:
+    """Numbers that vary over 2^40 in each row, which no 8-bit unit fits."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(*shape: int) -> torch.Tensor:
+        sizes = torch.rand(shape, generator=generator) * 40 - 20
+        return (torch.randn(shape, generator=generator) * sizes.exp2()).to(dtype)
+
+    x, W, b = draw(30, 200), draw(2000, 200), torch.zeros(2000, dtype=dtype)
+    screens = [ops.Screen(W, b, kind, seed=1) for kind in KINDS]
+    expected = screens[0].topk(x, 8)
+    assert equal(screens[1].topk(x, 8), expected)
+    assert torch.equal(expected.indices, ops.topk(exact(x, W, b), 8).indices)
+    int8, bf16 = (screen.explain() for screen in screens)
+    assert (bf16.kind, bf16.violations, bf16.exact_rows) == ("bf16", 0, 0)
+    assert bf16.candidates < int8.candidates
+    assert bf16.bytes == 2 * 2016 * 224
 
 
 def test_the_seed_is_the_systems_unless_given() -> None:
@@ -207,6 +231,8 @@ def test_what_can_not_be_screened_says_why() -> None:
         ops.Screen(W, b, "fp8")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ValueError, match="unknown kernel"):
         ops.Screen(W, b, "int8", kernel="mmx").topk(torch.randn(2, 6), 1)
+    with pytest.raises(ValueError, match="not one of int8 products"):
+        ops.Screen(W, b, "int8", kernel="scalar_bf16")
     with pytest.raises(TypeError, match="bfloat16"):
         ops.Screen(W, b, "int8").topk(torch.randn(2, 6).bfloat16(), 1)
 

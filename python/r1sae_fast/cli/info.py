@@ -57,14 +57,14 @@ def _encoding() -> str:
         from r1sae_fast import _core, ops
 
         kind, kernel = ops.best_screen()
-        kernels = ", ".join(_core.screen_kernels()[1])
+        kernels, of_bf16 = (", ".join(_core.screen_kernels(kind)[1]) for kind in ("int8", "bf16"))
     except (
         ImportError,
         ValueError,
     ) as error:  # no torch; R1SAE_SIMD names a level that is not there
         return str(error)
     chosen = f"{kind} screen by {kernel}" if kernel else "dense products, no screen"
-    return f"{chosen} (8-bit products here: {kernels})"
+    return f"{chosen} (8-bit products here: {kernels}; of bf16: {of_bf16})"
 
 
 def _torch_facts() -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from r1sae_fast.ops.batch_topk import batch_topk, batch_topk_reference
 from r1sae_fast.ops.code_gradients import code_gradients, sums_by_feature
 from r1sae_fast.ops.code_values import with_gradient
 from r1sae_fast.ops.decode import decode, decode_reference
+from r1sae_fast.ops.decoder_copy import DecoderCopy
 from r1sae_fast.ops.encode import encode_batch_topk, encode_threshold, encode_topk
 from r1sae_fast.ops.row_changes import RowChanges
 from r1sae_fast.ops.screen import (
@@ -26,6 +27,7 @@ from r1sae_fast.ops.topk import topk, topk_reference
 
 __all__ = [
     "SCREEN_KINDS",
+    "DecoderCopy",
     "RowChanges",
     "Screen",
     "ScreenKind",

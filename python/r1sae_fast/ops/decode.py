@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops import _common
 from r1sae_fast.ops._register import register
+from r1sae_fast.ops.decoder_copy import COPY_DTYPES
 
 __all__ = ["decode", "decode_reference"]
 
@@ -23,8 +25,9 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Te
 
     Args:
         codes: of shape ``[..., d_sae]``.
-        W_dec: ``[d_sae, d_in]``, of the dtype of the codes.
-        b_dec: ``[d_in]``, likewise; default none.
+        W_dec: ``[d_sae, d_in]``, of the dtype of the codes; on the CPU float32 codes also take
+            float16 and bfloat16 weights, which are half as much to read.
+        b_dec: ``[d_in]``, of the dtype of the codes; default none.
 
     Returns:
         ``[..., d_in]``; differentiable in ``codes.values``, ``W_dec`` and ``b_dec``.
@@ -40,7 +43,8 @@ def decode(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor | None = None) -> Te
     for name, tensor in (("W_dec", W_dec), ("b_dec", b_dec)):
         if tensor is None:
             continue
-        if tensor.dtype != codes.dtype:
+        kept = name == "W_dec" and _is_kept_in_16_bits(codes.values, tensor)
+        if tensor.dtype != codes.dtype and not kept:
             raise TypeError(
                 f"the codes are {codes.dtype} but {name} {tensor.dtype}; "
                 f"use codes.to({tensor.dtype})"
@@ -58,7 +62,7 @@ def decode_reference(
 ) -> Tensor:
     """The truth, in plain torch: the dense product, ``[rows, d_in]``."""
     dense = _dense(values, indices, row_offsets, W_dec.shape[0])
-    output = dense @ W_dec
+    output = dense @ W_dec.to(dense.dtype)
     return output if b_dec is None else output + b_dec
 
 
@@ -67,10 +71,22 @@ def _dense(values: Tensor, indices: Tensor, row_offsets: Tensor, d_sae: int) -> 
     return dense.index_put((_common.rows_of(indices, row_offsets), indices.long()), values)
 
 
+def _is_kept_in_16_bits(values: Tensor, W_dec: Tensor) -> bool:
+    """Whether Rust widens these weights as it reads them."""
+    on_cpu = values.device.type == "cpu" and W_dec.device.type == "cpu"
+    return on_cpu and values.dtype == torch.float32 and W_dec.dtype in COPY_DTYPES
+
+
+def _in_rust(values: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> bool:
+    if _is_kept_in_16_bits(values, W_dec):
+        return _common.in_rust(values, b_dec)
+    return _common.in_rust(values, W_dec, b_dec)
+
+
 def _decode_cpu(
     values: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
-    if not _common.in_rust(values, W_dec, b_dec):
+    if not _in_rust(values, W_dec, b_dec):
         return decode_reference(values, indices, row_offsets, W_dec, b_dec)
     output = _core.decode(
         _common.to_rust(values),
@@ -102,6 +118,7 @@ def _decode_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_values = _gradient_of_values(gradient, indices, row_offsets, W_dec)
     if ctx.needs_input_grad[3]:
         of_weight = _gradient_of_weight(gradient, values, indices, row_offsets, W_dec.shape[0])
+        of_weight = of_weight.to(W_dec.dtype)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         of_bias = gradient.sum(0)
     return of_values, None, None, of_weight, of_bias
@@ -125,11 +142,13 @@ _decode = register(
 def _values_reference(
     gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor
 ) -> Tensor:
-    return (gradient @ W_dec.T)[_common.rows_of(indices, row_offsets), indices.long()]
+    return (gradient @ W_dec.T.to(gradient.dtype))[
+        _common.rows_of(indices, row_offsets), indices.long()
+    ]
 
 
 def _values_cpu(gradient: Tensor, indices: Tensor, row_offsets: Tensor, W_dec: Tensor) -> Tensor:
-    if not _common.in_rust(gradient, W_dec):
+    if not _in_rust(gradient, W_dec):
         return _values_reference(gradient, indices, row_offsets, W_dec)
     output = _core.decode_gradient_of_values(
         _common.to_rust(gradient),
@@ -156,6 +175,7 @@ def _values_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         of_gradient = _decode(upstream, indices, row_offsets, W_dec, None)
     if ctx.needs_input_grad[3]:
         of_weight = _gradient_of_weight(gradient, upstream, indices, row_offsets, W_dec.shape[0])
+        of_weight = of_weight.to(W_dec.dtype)
     return of_gradient, None, None, of_weight
 
 

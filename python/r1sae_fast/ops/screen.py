@@ -1,11 +1,12 @@
 """Codes straight from x: all pre-activations bounded cheaply, the few that matter computed exactly.
 
 The dense path multiplies in full precision and then throws all but k of d_sae products away. A
-:class:`Screen` bounds them all with 8-bit products first, by a certified margin (the proof is in
-``rust/core/src/screen/certificate.rs``), drops what the bounds exclude, and computes the rest
-exactly. Codes are then those of the exact pre-activations, rounded once to float32: what the dense
-path aims at and misses by the errors of its sums. (bfloat16: the product is rounded by way of
-float32, then the sum with the bias, as the dense path does.)
+:class:`Screen` bounds them all with products of 8-bit numbers or of bfloat16 first, by a certified
+margin (the proofs are in ``rust/core/src/screen/certificate.rs`` and ``coarse.rs``), drops what the
+bounds exclude, and computes the rest exactly. Codes are then those of the exact pre-activations,
+rounded once to float32: what the dense path aims at and misses by the errors of its sums.
+(bfloat16: the product is rounded by way of float32, then the sum with the bias, as the dense path
+does.)
 
 On a GPU the screen is Triton's (float32 alone: bfloat16's tensor cores are as fast as screening),
 and what takes its place without one makes no dense pre-activations either.
@@ -34,7 +35,7 @@ from r1sae_fast.ops.row_changes import RowChanges
 
 __all__ = ["SCREEN_KINDS", "Screen", "ScreenKind", "ScreenReport", "best_screen"]
 
-ScreenKind = Literal["auto", "int8", "none"]
+ScreenKind = Literal["auto", "int8", "bf16", "none"]
 SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 
 # Measured on two cores of an Intel Xeon with AMX, 7168 x 28672, k 64, weights without a tail (the
@@ -50,6 +51,8 @@ _ROWS_OF_A_REFRESH = 64
 # Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
 _FAST_KERNELS = ("amx_int8", "avx512_vnni", "avx_vnni")
 _MOST_DIMENSIONS = 65_000
+# The kinds of products, each with the other.
+_OTHER: dict[str, str] = {"int8": "bf16", "bf16": "int8"}
 _SEED_BITS = 128
 
 
@@ -57,14 +60,15 @@ class ScreenReport(NamedTuple):
     """What :meth:`Screen.explain` tells."""
 
     kind: str
-    """``"int8"`` or ``"none"``: what is in use for these rows."""
+    """``"int8"``, ``"bf16"`` or ``"none"``: what is in use for these rows."""
     kernel: str
-    """The instructions of the 8-bit products: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2``
-    or ``scalar``; ``triton`` for a GPU's kernels, with a screen or without; else empty."""
+    """The instructions of the products: ``amx_int8``, ``avx512_vnni``, ``avx_vnni``, ``avx2`` or
+    ``scalar``; ``amx_bf16``, ``avx512_bf16``, ``avx2_bf16`` or ``scalar_bf16``; ``triton`` for a
+    GPU's kernels, with a screen or without; else empty."""
     reason: str
     """Why this kind."""
     bytes: int
-    """Of the 8-bit copy, as far as it was made."""
+    """Of the rounded copy, as far as it was made."""
     rows: int
     """Encoded so far with the screen."""
     candidates: int
@@ -109,9 +113,10 @@ class Screen:
     Args:
         W_features: ``[d_sae, d_in]`` contiguous: the transpose of W_enc. Kept, not copied.
         b_enc: ``[d_sae]``. Kept, not copied.
-        kind: ``"auto"`` chooses by size, dtype and CPU; ``"int8"`` screens, which takes a byte a
-            weight; ``"none"`` is the dense path.
-        kernel: the CPU's instructions for the 8-bit products; ``"auto"`` for the fastest.
+        kind: ``"auto"`` chooses by size, dtype and CPU; ``"int8"`` screens by a copy of a byte a
+            weight, with margins that fail with a probability below 1e-24; ``"bf16"`` (CPU alone) by
+            one of two bytes, with margins that can't fail; ``"none"`` is the dense path.
+        kernel: the CPU's instructions for the products; ``"auto"`` for the fastest.
         seed: of the CPU's rounding, 0 to 2^128 - 1; default drawn from the system. It shows in no
             code, only in :meth:`explain`'s counts. The certificate holds for data that were chosen
             without knowledge of it: give one where counts should repeat, not where a stranger
@@ -157,8 +162,10 @@ class Screen:
         self._copied: tuple[int, ...] | None = None
         self._seen: tuple[int, ...] | None = None
         self._lock = threading.Lock()
+        if kind in _OTHER and kernel in _core.screen_kernels(_OTHER[kind])[1]:
+            raise ValueError(f"kernel {kernel!r} is not one of {kind} products")
         problem = self._obstacle()
-        if kind == "int8" and problem is not None:
+        if kind in _OTHER and problem is not None:
             raise ValueError(f"these weights can't be screened: {problem}")
         self.kind, self.reason = self._choose(problem)
 
@@ -170,6 +177,8 @@ class Screen:
         if W.device != b.device or (W.device.type != "cpu" and not _device.on_gpu(W)):
             return f"they lie on {W.device} and {b.device}"
         if _device.on_gpu(W):
+            if self.requested == "bf16":
+                return "on a GPU screens are of 8-bit products alone"
             if W.dtype != torch.float32 or b.dtype != torch.float32:
                 return f"they are {W.dtype}, whose products are as fast on a GPU as screening"
             if not _device.has_triton():
@@ -193,6 +202,8 @@ class Screen:
             return "none", f"fewer than {_FEWEST_WEIGHTS} weights: a dense product is as fast"
         if _device.on_gpu(self._W):
             return "int8", "8-bit products on tensor cores; float32 has none"
+        if self._kernel in _core.screen_kernels("bf16")[1]:
+            return "bf16", "products of bf16 by the kernel asked for"
         if self._kernel != "auto":
             return "int8", "8-bit products by the kernel asked for"
         kind, kernel = best_screen(self._W.dtype)
@@ -218,7 +229,7 @@ class Screen:
         """Which way codes are computed, why, and what it took so far."""
         core = self._core
         kernel = ""
-        if self.kind == "int8":
+        if self.kind in _OTHER:
             kernel = core.kernel if core is not None else self._kernel_name()
         elif _device.on_gpu(self._W) and _device.in_triton(self._W, self._b):
             kernel = "triton"
@@ -229,7 +240,7 @@ class Screen:
     def _kernel_name(self) -> str:
         if _device.on_gpu(self._W):
             return "triton"
-        return _core.screen_kernels()[0] if self._kernel == "auto" else self._kernel
+        return _core.screen_kernels(self.kind)[0] if self._kernel == "auto" else self._kernel
 
     # -- the weights --------------------------------------------------------------------------
 
@@ -293,7 +304,7 @@ class Screen:
     def _ready(self, rows: int) -> _core.Screen | GpuScreen | None:
         """The screen of the weights as they are; None where a few rows of weights that change again
         and again are not worth it."""
-        if self.kind != "int8":
+        if self.kind not in _OTHER:
             return None
         with self._lock:
             core, state = self._core, self._state()

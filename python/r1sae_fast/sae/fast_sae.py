@@ -51,9 +51,13 @@ class FastSAE(nn.Module):
             out as a matrix) instead of ``.grad``, for :class:`r1sae_fast.optim.Adam` and
             :func:`r1sae_fast.optim.clip_grad_norm_`; float32 on the CPU. It keeps x and the
             reconstruction's gradient until the step, so neither may be written to before.
+        decoder_copy: None (at first), ``torch.float16`` or ``torch.bfloat16``: then :meth:`decode`
+            of a float32 SAE on the CPU reads a copy of W_dec in that dtype, half as many bytes, and
+            so do the values' gradients. It rounds weights to 11 or 8 bits. Not used where W_dec
+            itself gets a gradient.
         metadata: free JSON data, saved with the weights (model, hook point, ...).
-        screen: how :meth:`encode_sparse` computes: ``"auto"`` (at first), ``"int8"`` or ``"none"``,
-            as :class:`ops.Screen` has them; :meth:`explain` tells what that comes to.
+        screen: how :meth:`encode_sparse` computes: ``"auto"`` (at first), ``"int8"``, ``"bf16"`` or
+            ``"none"``, as :class:`ops.Screen` has them; :meth:`explain` tells what that comes to.
 
     Raises:
         TypeError: an argument of another type.
@@ -66,6 +70,7 @@ class FastSAE(nn.Module):
     b_dec: nn.Parameter
     threshold: Tensor
     screen: ops.ScreenKind
+    decoder_copy: torch.dtype | None
 
     def __init__(
         self,
@@ -157,6 +162,8 @@ class FastSAE(nn.Module):
         self.check_finite = True
         self.screen = "auto"
         self._screen: ops.Screen | None = None
+        self.decoder_copy = None
+        self._copy: ops.DecoderCopy | None = None
         self.sparse_grad = False
         self.metadata: dict[str, Any] = {}
         if threshold is None:
@@ -290,7 +297,7 @@ class FastSAE(nn.Module):
             if self.sparse_grad and torch.is_grad_enabled():
                 leave = self._leave_at(self.W_dec)
                 return ops.decode_in_factors(codes, self.W_dec, self.b_dec, leave)
-            return ops.decode(codes, self.W_dec, self.b_dec)
+            return ops.decode(codes, self._decoder(), self.b_dec)
         return self._checked("codes", codes, self.d_sae, "d_sae") @ self.W_dec + self.b_dec
 
     def forward(self, x: Tensor) -> tuple[Tensor, SparseCodes]:
@@ -400,6 +407,20 @@ class FastSAE(nn.Module):
             owner.row_changes = changes  # type: ignore[attr-defined]  # ours
         return screen
 
+    def _decoder(self) -> Tensor:
+        """W_dec, or its copy in 16 bits."""
+        W, dtype = self.W_dec, self.decoder_copy
+        if dtype is None:
+            return W
+        if self._copy is None or self._copy.dtype != dtype:
+            self._copy = ops.DecoderCopy(dtype)
+        on_cpu = W.device.type == "cpu" and W.dtype == torch.float32
+        learns = torch.is_grad_enabled() and W.requires_grad
+        # Changes of inference tensors aren't counted.
+        if not on_cpu or learns or W.is_inference() or torch.compiler.is_compiling():
+            return W
+        return self._copy.of(W)
+
     def _encode(self, x: Tensor, mode: Mode) -> SparseCodes:
         x = self._checked("x", x, self.d_in, "d_in")
         screen = self._screen_of(self.W_enc)
@@ -497,8 +518,8 @@ class FastSAE(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes a screen of its own parameters.
-        return {**self.__dict__, "_screen": None}
+        # A copy makes a screen and a decoder copy of its own parameters.
+        return {**self.__dict__, "_screen": None, "_copy": None}
 
     def __getattr__(self, name: str) -> Any:
         # Called for what is no plain attribute; a tied SAE has no parameter of this name.

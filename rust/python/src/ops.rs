@@ -1,6 +1,6 @@
 //! Selection and decoding: `r1sae_core::{select, decode, simd}`. bf16 crosses as uint16.
 
-use half::bf16;
+use half::{bf16, f16};
 use numpy::{
     Element as NumpyElement, PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
 };
@@ -8,7 +8,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use r1sae_core::rows::Matrix;
 use r1sae_core::select::{self, Codes, Options, Threshold};
-use r1sae_core::simd::{set_active, Element, Level, Simd};
+use r1sae_core::simd::{set_active, Element, Level, Simd, Stored};
 use r1sae_core::{decode as core_decode, grad, Cancel, Result};
 
 use crate::errors::to_py;
@@ -58,6 +58,14 @@ pub(crate) enum Floats1<'py> {
 pub(crate) enum Floats2<'py> {
     F32(PyReadonlyArray2<'py, f32>),
     Bf16(PyReadonlyArray2<'py, u16>),
+}
+
+/// Weights as they may be kept beside float32 values.
+#[derive(FromPyObject)]
+enum Weights<'py> {
+    F32(PyReadonlyArray2<'py, f32>),
+    Bf16(PyReadonlyArray2<'py, u16>),
+    F16(PyReadonlyArray2<'py, f16>),
 }
 
 /// values, indices, row_offsets.
@@ -185,16 +193,15 @@ impl CodesIn<'_> {
     }
 }
 
-fn decode_as<'py, E: Crossing>(
+fn decode_as<'py, E: Crossing, W: Stored>(
     py: Python<'py>,
     values: &PyReadonlyArray1<'py, E::Bits>,
     codes: &CodesIn<'_>,
-    w_dec: &PyReadonlyArray2<'py, E::Bits>,
+    w_dec: Matrix<'_, W>,
     b_dec: Option<&PyReadonlyArray1<'py, E::Bits>>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let simd = Simd::active().map_err(to_py)?;
     let values = E::from_bits(slice(values)?);
-    let w_dec = matrix::<E>(w_dec)?;
     let b_dec = b_dec.map(slice).transpose()?.map(E::from_bits);
     let output = run(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
@@ -203,13 +210,20 @@ fn decode_as<'py, E: Crossing>(
     Ok(array(py, output))
 }
 
+fn f16_matrix<'a>(array: &'a PyReadonlyArray2<'_, f16>) -> PyResult<Matrix<'a, f16>> {
+    let data = array
+        .as_slice()
+        .map_err(|_| PyValueError::new_err("expected a C-contiguous array"))?;
+    Matrix::new(data, array.shape()[0], array.shape()[1]).map_err(to_py)
+}
+
 #[pyfunction]
 fn decode<'py>(
     py: Python<'py>,
     values: Floats1<'py>,
     indices: PyReadonlyArray1<'py, i32>,
     row_offsets: PyReadonlyArray1<'py, i64>,
-    w_dec: Floats2<'py>,
+    w_dec: Weights<'py>,
     b_dec: Option<Floats1<'py>>,
     threads: usize,
 ) -> PyResult<Bound<'py, PyAny>> {
@@ -218,31 +232,40 @@ fn decode<'py>(
         row_offsets: slice(&row_offsets)?,
         threads,
     };
-    match (&values, &w_dec, &b_dec) {
-        (Floats1::F32(values), Floats2::F32(w_dec), None) => {
-            decode_as::<f32>(py, values, &codes, w_dec, None)
+    match (&values, &b_dec) {
+        (Floats1::F32(values), None | Some(Floats1::F32(_))) => {
+            let b_dec = match &b_dec {
+                Some(Floats1::F32(b_dec)) => Some(b_dec),
+                _ => None,
+            };
+            match &w_dec {
+                Weights::F32(w) => decode_as::<f32, f32>(py, values, &codes, matrix(w)?, b_dec),
+                Weights::Bf16(w) => decode_as::<f32, bf16>(py, values, &codes, matrix(w)?, b_dec),
+                Weights::F16(w) => decode_as::<f32, f16>(py, values, &codes, f16_matrix(w)?, b_dec),
+            }
         }
-        (Floats1::F32(values), Floats2::F32(w_dec), Some(Floats1::F32(b_dec))) => {
-            decode_as::<f32>(py, values, &codes, w_dec, Some(b_dec))
-        }
-        (Floats1::Bf16(values), Floats2::Bf16(w_dec), None) => {
-            decode_as::<bf16>(py, values, &codes, w_dec, None)
-        }
-        (Floats1::Bf16(values), Floats2::Bf16(w_dec), Some(Floats1::Bf16(b_dec))) => {
-            decode_as::<bf16>(py, values, &codes, w_dec, Some(b_dec))
+        (Floats1::Bf16(values), None | Some(Floats1::Bf16(_))) => {
+            let b_dec = match &b_dec {
+                Some(Floats1::Bf16(b_dec)) => Some(b_dec),
+                _ => None,
+            };
+            let Weights::Bf16(w) = &w_dec else {
+                return Err(mixed());
+            };
+            decode_as::<bf16, bf16>(py, values, &codes, matrix(w)?, b_dec)
         }
         _ => Err(mixed()),
     }
 }
 
-fn gradient_of_values_as<'py, E: Crossing>(
+fn gradient_of_values_as<'py, E: Crossing, W: Stored>(
     py: Python<'py>,
     gradient: &PyReadonlyArray2<'py, E::Bits>,
     codes: &CodesIn<'_>,
-    w_dec: &PyReadonlyArray2<'py, E::Bits>,
+    w_dec: Matrix<'_, W>,
 ) -> PyResult<Bound<'py, PyAny>> {
     let simd = Simd::active().map_err(to_py)?;
-    let (gradient, w_dec) = (matrix::<E>(gradient)?, matrix::<E>(w_dec)?);
+    let gradient = matrix::<E>(gradient)?;
     let output = run(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
         grad::gradient_of_values(gradient, rows, w_dec, simd, codes.threads, cancel)
@@ -256,7 +279,7 @@ fn decode_gradient_of_values<'py>(
     gradient: Floats2<'py>,
     indices: PyReadonlyArray1<'py, i32>,
     row_offsets: PyReadonlyArray1<'py, i64>,
-    w_dec: Floats2<'py>,
+    w_dec: Weights<'py>,
     threads: usize,
 ) -> PyResult<Bound<'py, PyAny>> {
     let codes = CodesIn {
@@ -265,11 +288,17 @@ fn decode_gradient_of_values<'py>(
         threads,
     };
     match (&gradient, &w_dec) {
-        (Floats2::F32(gradient), Floats2::F32(w_dec)) => {
-            gradient_of_values_as::<f32>(py, gradient, &codes, w_dec)
+        (Floats2::F32(of), Weights::F32(w)) => {
+            gradient_of_values_as::<f32, f32>(py, of, &codes, matrix(w)?)
         }
-        (Floats2::Bf16(gradient), Floats2::Bf16(w_dec)) => {
-            gradient_of_values_as::<bf16>(py, gradient, &codes, w_dec)
+        (Floats2::F32(of), Weights::Bf16(w)) => {
+            gradient_of_values_as::<f32, bf16>(py, of, &codes, matrix(w)?)
+        }
+        (Floats2::F32(of), Weights::F16(w)) => {
+            gradient_of_values_as::<f32, f16>(py, of, &codes, f16_matrix(w)?)
+        }
+        (Floats2::Bf16(of), Weights::Bf16(w)) => {
+            gradient_of_values_as::<bf16, bf16>(py, of, &codes, matrix(w)?)
         }
         _ => Err(mixed()),
     }

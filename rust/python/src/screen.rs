@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use r1sae_core::memory;
 use r1sae_core::rows::Matrix;
-use r1sae_core::screen::{Encoder, Kernel, Rule, Screen as Core};
+use r1sae_core::screen::{Encoder, Kernel, Kind, Rule, Screen as Core};
 use r1sae_core::select::Threshold;
 use r1sae_core::simd::Simd;
 
@@ -19,7 +19,7 @@ use crate::ops::{array, matrix, mixed, options, slice, Crossing, Floats1, Floats
 /// As many 8-bit products take milliseconds.
 const MANY_PRODUCTS: usize = 1 << 28;
 
-/// The 8-bit copy of an encoder's weights. Calls from several threads take turns.
+/// The rounded copy of an encoder's weights. Calls from several threads take turns.
 #[pyclass(module = "r1sae_fast._core", frozen)]
 pub struct Screen(Mutex<Core>);
 
@@ -220,15 +220,25 @@ fn parse(name: &str) -> PyResult<Kernel> {
     })
 }
 
-/// The kernel that fits the SIMD level in use best, and all that this CPU has, slowest first.
+/// The kernel for products of `kind` ("int8" or "bf16") that fits the SIMD level in use best, and all
+/// that this CPU has, slowest first.
 #[pyfunction]
-fn screen_kernels() -> PyResult<(&'static str, Vec<&'static str>)> {
+#[pyo3(signature = (kind = "int8"))]
+fn screen_kernels(kind: &str) -> PyResult<(&'static str, Vec<&'static str>)> {
     let simd = Simd::active().map_err(to_py)?;
-    let supported = Kernel::ALL
-        .into_iter()
-        .filter(|kernel| kernel.is_supported());
+    let kind = match kind {
+        "int8" => Kind::Int8,
+        "bf16" => Kind::Bf16,
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "unknown kind {kind:?}; expected int8 or bf16"
+            )))
+        }
+    };
+    let kernels = Kernel::ALL.into_iter();
+    let supported = kernels.filter(|kernel| kernel.kind() == kind && kernel.is_supported());
     Ok((
-        Kernel::best(simd).name(),
+        Kernel::best(kind, simd).name(),
         supported.map(Kernel::name).collect(),
     ))
 }

@@ -5,7 +5,7 @@
 //! threads.
 
 use crate::rows::{map_ranges_mut, Matrix};
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, Stored};
 use crate::{Cancel, Error, Result};
 
 /// Terms of one sum added between two looks at the cancel flag: milliseconds, however wide.
@@ -97,14 +97,15 @@ pub(crate) fn check_len(what: &str, found: usize, expected: usize) -> Result<()>
     )))
 }
 
-/// `output[r] = sum of values[i] * w_dec[indices[i]] over the codes i of row r, + b_dec`.
+/// `output[r] = sum of values[i] * w_dec[indices[i]] over the codes i of row r, + b_dec`. `w_dec` may
+/// be kept in fewer bits than the values.
 ///
 /// # Errors
 /// Lengths that disagree; `cancel`.
-pub fn decode<E: Element>(
+pub fn decode<E: Element, W: Stored>(
     values: &[E],
     codes: SparseRows<'_>,
-    w_dec: Matrix<'_, E>,
+    w_dec: Matrix<'_, W>,
     b_dec: Option<&[E]>,
     simd: Simd,
     threads: usize,
@@ -145,7 +146,7 @@ pub fn decode<E: Element>(
 }
 
 /// `sum += scale * row` for every term, in order, four at a time.
-pub(crate) fn add_terms<'a, E: Element>(
+pub(crate) fn add_terms<'a, E: Stored>(
     simd: Simd,
     sum: &mut [f32],
     terms: impl Iterator<Item = (f32, &'a [E])>,

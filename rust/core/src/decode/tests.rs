@@ -1,6 +1,6 @@
 //! Decoding and its gradients against dense sums in f64.
 
-use half::bf16;
+use half::{bf16, f16};
 use proptest::prelude::*;
 
 use super::{decode, SparseRows};
@@ -8,7 +8,7 @@ use crate::grad::{
     gradient_of_values, gradient_of_values_by_feature, gradient_of_weight, FeatureLists,
 };
 use crate::rows::Matrix;
-use crate::simd::{Element, Level, Simd};
+use crate::simd::{Element, Level, Simd, Stored};
 use crate::{Cancel, Error};
 
 #[derive(Clone, Debug)]
@@ -238,10 +238,55 @@ fn shapes_that_disagree_are_refused() {
     assert!(error.contains("found 4, expected 1"), "{error}");
     let nothing = Matrix::new(&[], 4, 0).unwrap();
     assert!(
-        decode::<f32>(&[1.0, 2.0], codes, nothing, None, simd, 1, &Cancel::new())
+        decode::<f32, f32>(&[1.0, 2.0], codes, nothing, None, simd, 1, &Cancel::new())
             .unwrap()
             .is_empty()
     );
+}
+
+/// Weights in fewer bits give what the same weights in f32 give, to the bit: each bit pattern of theirs
+/// is read once.
+#[test]
+fn weights_kept_in_16_bits_are_read_exactly() {
+    let (d_in, d_sae) = (1 << 11, 1 << 5);
+    fn check<W: Stored>(kept: &[W], (d_in, d_sae): (usize, usize)) {
+        let wide: Vec<f32> = kept.iter().map(|value| value.to_f32()).collect();
+        let kept = Matrix::new(kept, d_sae, d_in).unwrap();
+        let wide = Matrix::new(&wide, d_sae, d_in).unwrap();
+        let gradient: Vec<f32> = (0..3 * d_in).map(|at| (at % 7) as f32 - 3.0).collect();
+        let gradient = Matrix::new(&gradient, 3, d_in).unwrap();
+        let b_dec = vec![0.5_f32; d_in];
+        // All features, singly and in fours.
+        let indices: Vec<i32> = (0..d_sae as i32).collect();
+        let row_offsets = [0, 1, 12, d_sae as i64];
+        let codes = SparseRows::new(&indices, &row_offsets, d_sae).unwrap();
+        let values: Vec<f32> = indices.iter().map(|index| *index as f32 - 9.0).collect();
+        let bits = |values: Vec<f32>| -> Vec<u32> {
+            // Every NaN is alike.
+            let one = |value: f32| if value.is_nan() { f32::NAN } else { value };
+            values
+                .into_iter()
+                .map(|value| one(value).to_bits())
+                .collect()
+        };
+        for simd in Level::ALL.into_iter().filter_map(Simd::new) {
+            let cancel = Cancel::new();
+            let found = decode(&values, codes, kept, Some(&b_dec), simd, 2, &cancel);
+            let expected = decode(&values, codes, wide, Some(&b_dec), simd, 2, &cancel);
+            assert_eq!(bits(found.unwrap()), bits(expected.unwrap()));
+            let found = gradient_of_values(gradient, codes, kept, simd, 2, &cancel);
+            let expected = gradient_of_values(gradient, codes, wide, simd, 2, &cancel);
+            assert_eq!(bits(found.unwrap()), bits(expected.unwrap()));
+        }
+    }
+    let all = || (0..=u16::MAX).map(|bits| if bits == 0 { 1 } else { bits });
+    let halves: Vec<f16> = all().map(f16::from_bits).collect();
+    check(&halves, (d_in, d_sae));
+    // Finite ones, so that dot products tell.
+    let tame = |half: &f16| if half.is_finite() { *half } else { f16::ONE };
+    check(&halves.iter().map(tame).collect::<Vec<_>>(), (d_in, d_sae));
+    let coarse: Vec<bf16> = all().map(|bits| bf16::from_bits(bits & 0xBFFF)).collect();
+    check(&coarse, (d_in, d_sae));
 }
 
 #[test]

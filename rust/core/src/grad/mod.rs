@@ -7,7 +7,7 @@
 
 use crate::decode::{add_terms, check_len, round_into, SparseRows};
 use crate::rows::{by_cost, map_ranges, map_ranges_mut, Matrix};
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, Stored};
 use crate::{pool, Cancel, Result};
 
 mod lists;
@@ -23,10 +23,10 @@ pub use source::{gradient_rows, norm_bound, squared_norm, Source, Term};
 ///
 /// # Errors
 /// Shapes that disagree; `cancel`.
-pub fn gradient_of_values<E: Element>(
+pub fn gradient_of_values<E: Element, W: Stored>(
     gradient: Matrix<'_, E>,
     codes: SparseRows<'_>,
-    w_dec: Matrix<'_, E>,
+    w_dec: Matrix<'_, W>,
     simd: Simd,
     threads: usize,
     cancel: &Cancel,

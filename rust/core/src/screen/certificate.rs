@@ -1,4 +1,5 @@
-//! How far the cheap score of a row and a feature can be from the exact pre-activation.
+//! How far the cheap score of a row and a feature can be from the exact pre-activation, where both were
+//! rounded to 8 bits ([`super::coarse`] has the bounds of bf16).
 //!
 //! Rounding is by subtractive dither: for fixed numbers u, drawn once, uniform and independent, one a
 //! dimension, `x = s (q + 1/2 - u) + e` with `q = floor(x / s + u)` a whole number. Then e is uniform on
@@ -30,12 +31,12 @@ const C2: f32 = 9.327;
 /// Widens a margin enough to add bounds that are small beside it: `(m + b)^2 <= (1 + ETA) m^2 +
 /// (1 + 1 / ETA) b^2`.
 const ETA: f32 = 1.0 / 128.0;
-const ONE_AND_ETA: f32 = 1.0 + ETA;
-const ONE_AND_INVERSE: f32 = 1.0 + 1.0 / ETA;
+pub(super) const ONE_AND_ETA: f32 = 1.0 + ETA;
+pub(super) const ONE_AND_INVERSE: f32 = 1.0 + 1.0 / ETA;
 
 /// Bounds the roundings of a score (products, scales, sums), relative to `|x| |w|`: fewer than 64, each
 /// below 2^-24.
-const SCORE_ROUNDING: f32 = 1.0 / 262_144.0;
+pub(super) const SCORE_ROUNDING: f32 = 1.0 / 262_144.0;
 /// Bounds what quotients in 32 bits and a dither in 24 move a number by, in its units.
 const UNIT_ROUNDING: f32 = 1.0 / 65_536.0;
 
@@ -182,10 +183,10 @@ impl FeatureBounds {
 /// What quantising a feature yields.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FeatureScale {
-    scale: f32,
-    shift: f32,
-    error2: f32,
-    norm2: f32,
+    pub scale: f32,
+    pub shift: f32,
+    pub error2: f32,
+    pub norm2: f32,
 }
 
 impl FeatureScale {

@@ -1,5 +1,5 @@
-//! Codes straight from x: 8-bit products bound every pre-activation, and only what the bounds can't
-//! exclude is computed exactly.
+//! Codes straight from x: products of 8-bit numbers, or of bf16, bound every pre-activation, and only
+//! what the bounds can't exclude is computed exactly.
 //!
 //! The codes are those of the exact pre-activations, rounded to the dtype of the weights
 //! ([`Element::exact_pre_activation`]). What makes leaving features out safe is the
@@ -9,6 +9,7 @@
 mod candidates;
 mod certificate;
 mod choose;
+mod coarse;
 mod dither;
 mod dot;
 mod kernel;
@@ -34,7 +35,7 @@ use search::Search;
 use spread::Spread;
 use weights::{Source, Weights};
 
-pub use kernel::Kernel;
+pub use kernel::{Kernel, Kind};
 
 use crate::rows::Matrix;
 use crate::select::{Codes, Options, Threshold};
@@ -49,12 +50,13 @@ pub const MOST_DIMENSIONS: usize = 65_000;
 struct Shape {
     d_in: usize,
     d_sae: usize,
+    kind: Kind,
 }
 
 impl Shape {
-    /// Steps of [`layout::STEP`] dimensions.
+    /// Steps of [`layout::STEP`] bytes of a row.
     fn steps(self) -> usize {
-        self.d_in.div_ceil(layout::STEP)
+        (self.d_in * self.kind.bytes()).div_ceil(layout::STEP)
     }
 
     /// Blocks of [`layout::TILE_ROWS`] features; whole panels.
@@ -87,7 +89,7 @@ pub struct Counts {
     pub violations: u64,
 }
 
-/// The 8-bit copy of an encoder's weights.
+/// The copy of an encoder's weights, of 8 bits or bf16.
 #[derive(Debug)]
 pub struct Screen {
     shape: Shape,
@@ -125,6 +127,7 @@ impl Screen {
         let shape = Shape {
             d_in: encoder.w.width(),
             d_sae: encoder.w.rows(),
+            kind: kernel.kind(),
         };
         if shape.d_in > MOST_DIMENSIONS || i32::try_from(shape.d_sae).is_err() {
             return Err(Error::InvalidArgument(format!(
@@ -134,7 +137,7 @@ impl Screen {
         }
         if !kernel.is_supported() {
             return Err(Error::InvalidArgument(format!(
-                "this CPU has no {} products; choose another kernel",
+                "this CPU has no {}; choose another kernel",
                 kernel.name()
             )));
         }
@@ -174,7 +177,9 @@ impl Screen {
         self.is_whole = false;
         self.weights
             .refresh(self.shape, &source, options.simd, options.threads, cancel)?;
-        self.spread.refresh(self.shape, self.weights.tiles.bytes());
+        if self.shape.kind == Kind::Int8 {
+            self.spread.refresh(self.shape, self.weights.tiles.bytes());
+        }
         self.is_whole = true;
         Ok(())
     }
@@ -211,7 +216,11 @@ impl Screen {
 
     /// Bytes of the copy.
     pub fn bytes(&self) -> usize {
-        self.weights.tiles.bytes().len() + self.spread.tiles.bytes().len()
+        let further = match self.shape.kind {
+            Kind::Int8 => self.spread.tiles.bytes().len(),
+            Kind::Bf16 => 0,
+        };
+        self.weights.tiles.bytes().len() + further
     }
 
     fn check<E: Element>(&self, encoder: Encoder<'_, E>) -> Result<()> {
@@ -261,7 +270,7 @@ impl Screen {
                  such weights can't be screened"
             )));
         }
-        if self.spread.adapt(x) {
+        if self.shape.kind == Kind::Int8 && self.spread.adapt(x) {
             self.spread.refresh(self.shape, self.weights.tiles.bytes());
         }
         let rounding = Rounding::of::<E>();

@@ -1,5 +1,7 @@
-//! Rounding to 8 bits: loops plain enough for the compiler to vectorise, compiled once for each
+//! Rounding to 8 bits and to bf16: loops plain enough for the compiler to vectorise, compiled once for each
 //! instruction set.
+
+use half::bf16;
 
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::Level;
@@ -197,6 +199,31 @@ fn sum_products<T: Copy>(rounded: &[T], dither: &[f32], value: impl Fn(T) -> f32
     lanes.iter().sum()
 }
 
+twins! {
+    /// `output[i]` = the bf16 nearest to `values[i]`, ties to even; returns the norm of what that leaves.
+    pub(super) fn round_coarsely<E>(values: &[E], output: &mut [u16]) -> f32 = round_coarsely_body
+}
+
+#[inline(always)]
+fn round_coarsely_body<E: Element>(values: &[E], output: &mut [u16]) -> f32 {
+    let mut square = 0.0_f64;
+    for (values, output) in values.chunks(BLOCK).zip(output.chunks_mut(BLOCK)) {
+        let mut squares = [0.0_f32; LANES];
+        let (values, output) = (values.chunks(LANES), output.chunks_mut(LANES));
+        for (values, output) in values.zip(output) {
+            for ((value, output), square) in values.iter().zip(output).zip(&mut squares) {
+                let value = value.to_f32();
+                let rounded = <bf16 as Element>::from_f32(value);
+                *output = rounded.to_bits();
+                let left = value - rounded.to_f32();
+                *square += left * left;
+            }
+        }
+        square += squares.iter().map(|value| f64::from(*value)).sum::<f64>();
+    }
+    square.sqrt() as f32
+}
+
 /// `floor(scaled + dither) + 128`, of a product of at most 127: truncation is the floor of what is
 /// positive. What is out of range (weights that another thread writes to meanwhile may be) saturates,
 /// and a NaN gives 0.
@@ -253,6 +280,34 @@ mod tests {
                 values[place] = 1e30;
                 let large = magnitude(&values, simd);
                 assert!(large.is_finite() && large.norm.is_infinite());
+            }
+        }
+    }
+
+    #[test]
+    fn coarse_rounding_is_to_nearest() {
+        let mut values = numbers(1100);
+        values.extend([
+            0.0,
+            -0.0,
+            1e-40,
+            -3e38,
+            1.0 + 1.0 / 256.0,
+            1.0 + 3.0 / 256.0,
+        ]);
+        for simd in levels() {
+            for len in [0, 1, 31, 33, 515, values.len()] {
+                let mut rounded = vec![7; len];
+                let error = round_coarsely(&values[..len], &mut rounded, simd);
+                let mut square = 0.0;
+                for (value, rounded) in values.iter().zip(&rounded) {
+                    let nearest = bf16::from_f32(*value);
+                    assert_eq!(*rounded, nearest.to_bits());
+                    square += (f64::from(*value) - f64::from(nearest.to_f32())).powi(2);
+                }
+                if square.sqrt() < 1e9 {
+                    assert!((f64::from(error) - square.sqrt()).abs() <= 1e-5 * square.sqrt());
+                }
             }
         }
     }

@@ -1,7 +1,9 @@
-//! The 8-bit copy of a chunk of rows.
+//! The rounded copy of a chunk of rows.
 
 use super::certificate::{RowBound, LARGEST_NORM, SMALLEST_SCALE};
+use super::coarse;
 use super::dither::Dither;
+use super::kernel::Kind;
 use super::layout::{row_line, Pages, PANEL, STEP, TILE, TILE_ROWS};
 use super::quantise::{dither_of_row, largest_weighted, magnitude, round_row};
 use super::spread::Spread;
@@ -64,20 +66,30 @@ impl Rows {
         let parts = map_ranges_mut(tiles, tile_bytes, cost, rounder.threads, |range, tiles| {
             let mut bounds = Vec::new();
             let mut values = vec![0.0_f32; rounder.shape.d_in];
-            let mut rounded = vec![0_i8; steps * STEP];
+            let mut rounded = match rounder.shape.kind {
+                Kind::Int8 => vec![0_i8; steps * STEP],
+                Kind::Bf16 => Vec::new(),
+            };
+            let mut halves = vec![0_u16; steps * STEP / 2 - rounded.len() / 2];
             for row in range.start * TILE_ROWS..(range.end * TILE_ROWS).min(count) {
                 for (value, x) in values.iter_mut().zip(x.row(first + row)) {
                     *value = x.to_f32();
                 }
-                let bound = rounder.round(&values, &mut rounded);
+                let bound = match rounder.shape.kind {
+                    Kind::Int8 => rounder.round(&values, &mut rounded),
+                    Kind::Bf16 => coarse::round_row::<E>(&values, &mut halves, rounder.simd),
+                };
                 bounds.push(bound);
                 if bound.is_none_or(|bound| bound.is_exact) {
                     continue;
                 }
-                for (step, line) in rounded.chunks_exact(STEP).enumerate() {
+                let bytes: &[u8] = match rounder.shape.kind {
+                    Kind::Int8 => bytemuck::cast_slice(&rounded),
+                    Kind::Bf16 => bytemuck::cast_slice(&halves),
+                };
+                for (step, line) in bytes.chunks_exact(STEP).enumerate() {
                     let at = row_line(row - range.start * TILE_ROWS, step, steps);
-                    let bytes: &[u8] = bytemuck::cast_slice(line);
-                    tiles[at..at + STEP].copy_from_slice(bytes);
+                    tiles[at..at + STEP].copy_from_slice(line);
                 }
             }
             bounds

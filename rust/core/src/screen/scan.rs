@@ -2,6 +2,7 @@
 
 use super::candidates::List;
 use super::certificate::{FeatureBounds, RowBound};
+use super::kernel::Kind;
 use super::layout::PANEL;
 #[cfg(any(test, target_arch = "x86_64"))]
 use crate::simd::Level;
@@ -47,22 +48,38 @@ pub(super) fn add_passing(
     row: &RowBound,
     bound: f32,
     list: &mut List,
+    kind: Kind,
     simd: Simd,
 ) {
     list.reserve();
-    match simd.level() {
+    match (simd.level(), kind) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a Simd of this level is only made after AVX-512F was detected.
-        Level::Avx512 => unsafe { x86::avx512(sums, panel, row, bound, list) },
+        (Level::Avx512, Kind::Int8) => unsafe {
+            x86::avx512::<false>(sums, panel, row, bound, list);
+        },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a Simd of this level is only made after AVX-512F was detected.
+        (Level::Avx512, Kind::Bf16) => unsafe {
+            x86::avx512::<true>(sums, panel, row, bound, list);
+        },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a Simd of this level is only made after AVX2 and FMA were detected.
-        Level::Avx2 => unsafe { x86::avx2(sums, panel, row, bound, list) },
-        _ => scalar(sums, panel, row, bound, list),
+        (Level::Avx2, Kind::Int8) => unsafe {
+            x86::avx2::<false>(sums, panel, row, bound, list);
+        },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a Simd of this level is only made after AVX2 and FMA were detected.
+        (Level::Avx2, Kind::Bf16) => unsafe {
+            x86::avx2::<true>(sums, panel, row, bound, list);
+        },
+        (_, Kind::Int8) => scalar::<false>(sums, panel, row, bound, list),
+        (_, Kind::Bf16) => scalar::<true>(sums, panel, row, bound, list),
     }
 }
 
-/// The truth; the twins may differ in the last bits of a score, which the margins allow for.
-fn scalar(
+/// The truth (`FLOATS`: the sums are the bits of f32); the twins may differ in the last bits of a score, which the margins allow for.
+fn scalar<const FLOATS: bool>(
     sums: &[i32; PANEL],
     panel: &PanelBounds<'_>,
     row: &RowBound,
@@ -72,7 +89,12 @@ fn scalar(
     let (mut scores, mut margins2) = ([0.0; PANEL], [0.0; PANEL]);
     let mut mask = 0;
     for lane in 0..PANEL {
-        let sum = (sums[lane] - row.offset) as f32 + (panel.shift[lane] + row.shift);
+        let sum = if FLOATS {
+            f32::from_bits(sums[lane] as u32)
+        } else {
+            (sums[lane] - row.offset) as f32
+        };
+        let sum = sum + (panel.shift[lane] + row.shift);
         let score = sum * (panel.scale[lane] * row.scale) + panel.bias[lane];
         scores[lane] = score;
         let short = (bound.max(panel.floor[lane]) - score).max(0.0);
@@ -86,20 +108,20 @@ fn scalar(
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-        _mm256_loadu_si256, _mm256_max_ps, _mm256_movemask_ps, _mm256_mul_ps, _mm256_set1_epi32,
-        _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps, _mm256_sub_epi32, _mm256_sub_ps,
-        _mm512_add_epi32, _mm512_add_ps, _mm512_cmp_ps_mask, _mm512_cvtepi32_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_maskz_compress_epi32, _mm512_maskz_compress_ps,
-        _mm512_max_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32,
-        _mm512_setzero_ps, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps,
-        _CMP_LE_OQ,
+        _mm256_add_ps, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
+        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_movemask_ps, _mm256_mul_ps,
+        _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps, _mm256_sub_epi32,
+        _mm256_sub_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castsi512_ps, _mm512_cmp_ps_mask,
+        _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+        _mm512_maskz_compress_epi32, _mm512_maskz_compress_ps, _mm512_max_ps, _mm512_mul_ps,
+        _mm512_set1_epi32, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+        _mm512_storeu_si512, _mm512_sub_epi32, _mm512_sub_ps, _CMP_LE_OQ,
     };
 
     use super::{List, PanelBounds, RowBound, PANEL};
 
     #[target_feature(enable = "avx512f")]
-    pub(super) fn avx512(
+    pub(super) fn avx512<const FLOATS: bool>(
         sums: &[i32; PANEL],
         panel: &PanelBounds<'_>,
         row: &RowBound,
@@ -114,7 +136,11 @@ mod x86 {
             // were reserved together), of which each half writes 16 from at most its start on.
             unsafe {
                 let sum = _mm512_loadu_si512(sums.as_ptr().add(start).cast());
-                let sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(row.offset)));
+                let sum = if FLOATS {
+                    _mm512_castsi512_ps(sum)
+                } else {
+                    _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(row.offset)))
+                };
                 let shift = _mm512_loadu_ps(panel.shift.as_ptr().add(start));
                 let sum = _mm512_add_ps(sum, _mm512_add_ps(shift, _mm512_set1_ps(row.shift)));
                 let scale = _mm512_loadu_ps(panel.scale.as_ptr().add(start));
@@ -154,7 +180,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx2,fma")]
-    pub(super) fn avx2(
+    pub(super) fn avx2<const FLOATS: bool>(
         sums: &[i32; PANEL],
         panel: &PanelBounds<'_>,
         row: &RowBound,
@@ -167,7 +193,11 @@ mod x86 {
             // SAFETY: start + 8 <= 32, the length of each array.
             unsafe {
                 let sum = _mm256_loadu_si256(sums.as_ptr().add(start).cast());
-                let sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(row.offset)));
+                let sum = if FLOATS {
+                    _mm256_castsi256_ps(sum)
+                } else {
+                    _mm256_cvtepi32_ps(_mm256_sub_epi32(sum, _mm256_set1_epi32(row.offset)))
+                };
                 let shift = _mm256_loadu_ps(panel.shift.as_ptr().add(start));
                 let sum = _mm256_add_ps(sum, _mm256_add_ps(shift, _mm256_set1_ps(row.shift)));
                 let scale = _mm256_loadu_ps(panel.scale.as_ptr().add(start));
@@ -238,9 +268,10 @@ mod tests {
             }
             for simd in Level::ALL.into_iter().filter_map(Simd::new) {
                 let mut list = List::default();
-                for _ in 0..2 {
-                    add_passing(&sums, &panel, &row, bound, &mut list, simd);
-                }
+                // The same as whole numbers and as floats.
+                add_passing(&sums, &panel, &row, bound, &mut list, Kind::Int8, simd);
+                let floats = sums.map(|sum| ((sum - 3) as f32).to_bits() as i32);
+                add_passing(&floats, &panel, &row, bound, &mut list, Kind::Bf16, simd);
                 let entries = list.features.iter().zip(&list.scores).zip(&list.margins2);
                 let found: Vec<_> = entries.map(|((f, s), m)| (*f, *s, *m)).collect();
                 assert_eq!(found, [&expected[..], &expected[..]].concat());

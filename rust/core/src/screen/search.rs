@@ -1,4 +1,4 @@
-//! The scan: 8-bit products panel by panel, each looked at while it is in the cache.
+//! The scan: products panel by panel, each looked at while it is in the cache.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,7 +18,7 @@ use crate::select::Options;
 use crate::simd::Element;
 use crate::{pool, Cancel, Error, Result};
 
-/// Bytes of 8-bit rows that should stay in a core's second-level cache, beside what streams by. CPUs
+/// Bytes of rounded rows that should stay in a core's second-level cache, beside what streams by. CPUs
 /// with AMX have 2 MiB, and it pays to fill them: weights are read once for all rows of a chunk.
 const CACHED_ROWS: usize = 900_000;
 const CACHED_ROWS_OF_AMX: usize = 1_900_000;
@@ -58,7 +58,7 @@ impl Search<'_> {
     pub(super) fn run<E: Element>(&self, x: Matrix<'_, E>, cancel: &Cancel) -> Result<Found> {
         let row_bytes = (self.shape.steps() + 1) * super::layout::STEP;
         let cached = match self.kernel {
-            Kernel::Amx => CACHED_ROWS_OF_AMX,
+            Kernel::Amx | Kernel::AmxBf16 => CACHED_ROWS_OF_AMX,
             _ => CACHED_ROWS,
         };
         let most = (cached / row_bytes / PANEL * PANEL).clamp(PANEL, MOST_ROWS);
@@ -159,7 +159,7 @@ impl Search<'_> {
     ) -> Result<Vec<List>> {
         let Some(session) = self.kernel.begin() else {
             return Err(Error::InvalidArgument(format!(
-                "this CPU has no {} products; choose another kernel",
+                "this CPU has no {}; choose another kernel",
                 self.kernel.name()
             )));
         };
@@ -244,7 +244,7 @@ impl Scan<'_> {
     /// Adds to the lists what reaches the rows' bounds.
     fn panel(&mut self, panel: usize, blocks: &[Block], lists: &mut [List]) {
         let search = self.search;
-        let (cut, wanted) = (&search.cut, search.wanted);
+        let (cut, wanted, kind) = (&search.cut, search.wanted, search.shape.kind);
         let Some(bounds) = PanelBounds::new(cut.bounds, search.floor, panel) else {
             return;
         };
@@ -259,7 +259,7 @@ impl Scan<'_> {
             }
             let before = list.len();
             let bound = list.bound.max(shared);
-            add_passing(sums, &bounds, row, bound, list, search.options.simd);
+            add_passing(sums, &bounds, row, bound, list, kind, search.options.simd);
             match wanted {
                 Wanted::EachRow(k) if list.is_full(k) => {
                     list.cut(k, cut, &mut self.scratch);

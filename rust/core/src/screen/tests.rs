@@ -236,7 +236,7 @@ fn outlier_dimensions_cost_little() {
     );
     let bias = vec![0.0; d_sae];
     let encoder = Encoder { w, bias: &bias };
-    let (kernel, simd) = variants()[variants().len() - 1];
+    let (kernel, simd) = (Kernel::best(Kind::Int8, Simd::best()), Simd::best());
     let (options, cancel) = (options(simd, 1), Cancel::new());
     let mut screen = Screen::new(encoder, kernel, 5, options, &cancel).unwrap();
     let rule = Rule::TopK(16);
@@ -257,6 +257,33 @@ fn outlier_dimensions_cost_little() {
     let codes = screen.encode(x, encoder, rule, options, &cancel).unwrap();
     assert_eq!(flatten(&codes), expected(x, encoder, rule));
     assert_eq!(screen.counts().violations, 0);
+}
+
+/// Rows and features whose roundings to bf16 all have one sign and leave the most: the deterministic
+/// margins hold, and are not far from what is needed.
+#[test]
+fn margins_of_bf16_hold_at_their_worst() {
+    let (rows, d_in, d_sae) = (9, 320, 600);
+    // Halfway between two bf16, and rounded down, to even.
+    let worst = 1.0_f32 + 1.0 / 256.0;
+    let mut x = vec![worst; rows * d_in];
+    let mut w = vec![worst; d_sae * d_in];
+    // Features that differ by less than their roundings; the later the larger.
+    for (feature, w) in w.chunks_exact_mut(d_in).enumerate() {
+        w[feature % d_in] += 1e-6 * feature as f32;
+        if feature % 2 == 1 {
+            // Rounded up.
+            w.fill(worst + 1e-6);
+        }
+    }
+    for (row, x) in x.chunks_exact_mut(d_in).enumerate() {
+        x[row] *= 1.0 + row as f32;
+    }
+    let bias = vec![0.0; d_sae];
+    for k in [1, 30, 299, 301] {
+        check_all::<f32>(&x, &w, &bias, k, 320.0);
+        check_all::<bf16>(&x, &w, &bias, k, 320.0);
+    }
 }
 
 #[test]
@@ -384,7 +411,7 @@ fn weights_changed_unnoticed_are_caught() {
         w: Matrix::new(&old, d_sae, d_in).unwrap(),
         bias: &bias,
     };
-    let kernel = Kernel::best(Simd::best());
+    let kernel = Kernel::best(Kind::Int8, Simd::best());
     let mut screen = Screen::new(encoder, kernel, 5, options, &cancel).unwrap();
     let changed = normal.take(100 * d_in);
     w[..100 * d_in].copy_from_slice(&changed);
@@ -420,7 +447,7 @@ fn what_is_not_finite_is_refused_by_row() {
     x[4 * d_in] = f32::INFINITY;
     let bias = vec![0.0; d_sae];
     let (mut options, cancel) = (options(Simd::best(), 2), Cancel::new());
-    let kernel = Kernel::best(Simd::best());
+    let kernel = Kernel::best(Kind::Int8, Simd::best());
     {
         let x = Matrix::new(&x, rows, d_in).unwrap();
         let encoder = Encoder {

@@ -1,7 +1,9 @@
-//! The 8-bit copy of the weights.
+//! The rounded copy of the weights.
 
 use super::certificate::{FeatureBounds, FeatureScale, Rounding, LARGEST_NORM, SMALLEST_SCALE};
+use super::coarse;
 use super::dither::Dither;
+use super::kernel::Kind;
 use super::layout::{Pages, STEP, TILE, TILE_ROWS};
 use super::quantise::{dither_of_weights, magnitude, round_weights};
 use super::Shape;
@@ -54,7 +56,12 @@ impl Weights {
         let tiles = self.tiles.bytes_mut();
         let parts = map_ranges_mut(tiles, block_bytes, block_bytes, threads, |blocks, tiles| {
             let mut found = Vec::new();
-            let mut rounded = vec![128_u8; block_bytes];
+            let zero = match shape.kind {
+                Kind::Int8 => 128_u8,
+                Kind::Bf16 => 0,
+            };
+            let mut rounded = vec![zero; block_bytes];
+            let mut halves = vec![0_u16; shape.d_in];
             for (block, tiles) in blocks.zip(tiles.chunks_exact_mut(block_bytes)) {
                 cancel.check()?;
                 let first = (block * TILE_ROWS).min(shape.d_sae);
@@ -63,7 +70,15 @@ impl Weights {
                 let mut any = false;
                 for feature in (first..last).filter(|feature| is_wanted(*feature)) {
                     let line = &mut rounded[(feature - first) * shape.steps() * STEP..];
-                    let scale = round_feature(source, feature, &mut line[..shape.d_in], simd);
+                    let scale = match shape.kind {
+                        Kind::Int8 => round_feature(source, feature, &mut line[..shape.d_in], simd),
+                        Kind::Bf16 => {
+                            let scale =
+                                coarse::round_feature(source.w.row(feature), &mut halves, simd);
+                            line[..2 * shape.d_in].copy_from_slice(bytemuck::cast_slice(&halves));
+                            scale
+                        }
+                    };
                     found.push((feature, scale));
                     any = true;
                 }
@@ -109,7 +124,7 @@ fn round_feature<E: Element>(
     Some(FeatureScale::new(scale, shift, found.norm, w.len()))
 }
 
-/// Writes one feature's 64 dimensions into a tile.
+/// Writes one feature's 64 bytes into a tile.
 #[inline(always)]
 fn scatter(line: &[u8], feature: usize, tile: &mut [u8]) {
     for (four, line) in line.chunks_exact(4).zip(tile.chunks_exact_mut(STEP)) {

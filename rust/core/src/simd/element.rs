@@ -1,21 +1,26 @@
 //! The element types that the loops read, and the sort key of a code.
 
-use half::bf16;
+use half::{bf16, f16};
 
 mod private {
-    /// Keeps [`super::Element`] to the types below, whose bits the x86 loads rely on.
+    /// Keeps [`super::Stored`] to the types below, whose bits the x86 loads rely on.
     pub trait Sealed {}
     impl Sealed for f32 {}
     impl Sealed for half::bf16 {}
+    impl Sealed for half::f16 {}
+}
+
+/// `f32`, `bf16` or `f16`: what weights may be kept in.
+pub trait Stored: private::Sealed + ArchLoad + Copy + Send + Sync + 'static {
+    /// Exact.
+    fn to_f32(self) -> f32;
 }
 
 /// `f32` or `bf16`: what activations, codes and weights are made of. Sums are f32.
-pub trait Element: private::Sealed + ArchLoad + Copy + Default + Send + Sync + 'static {
+pub trait Element: Stored + Default {
     /// Whether pre-activations are rounded so coarsely that a sum in f32 nearly always gives them.
     const IS_COARSE: bool;
 
-    /// Exact.
-    fn to_f32(self) -> f32;
     /// To the nearest, ties to even.
     fn from_f32(value: f32) -> Self;
     /// A product in f64 and a bias, by the definition of exact codes: f32 rounds their sum once; bf16
@@ -51,13 +56,31 @@ fn to_odd(sum: f64, rest: f64) -> f64 {
     })
 }
 
-impl Element for f32 {
-    const IS_COARSE: bool = false;
-
+impl Stored for f32 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
     }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        // The upper half of an f32; `half` also quietens NaN, which costs a branch.
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+impl Stored for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+}
+
+impl Element for f32 {
+    const IS_COARSE: bool = false;
+
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         value
@@ -75,11 +98,6 @@ impl Element for f32 {
 impl Element for bf16 {
     const IS_COARSE: bool = true;
 
-    #[inline(always)]
-    fn to_f32(self) -> f32 {
-        // The upper half of an f32; `half` also quietens NaN, which costs a branch.
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
         // As `half` does, without a branch, so that loops over many are vectorised.
@@ -108,6 +126,8 @@ pub trait ArchLoad {}
 impl ArchLoad for f32 {}
 #[cfg(not(target_arch = "x86_64"))]
 impl ArchLoad for bf16 {}
+#[cfg(not(target_arch = "x86_64"))]
+impl ArchLoad for f16 {}
 
 /// The sort key of a positive value at an index: rising keys are falling values,
 /// ties by rising index (positive floats order as their bits do).

@@ -17,7 +17,7 @@ mod scalar;
 mod x86;
 
 pub(crate) use element::key_of;
-pub use element::{two_sum, value_of, Element};
+pub use element::{two_sum, value_of, Element, Stored};
 pub(crate) use every_level::for_every_level;
 
 /// Environment variable that forces a level, read at first use.
@@ -29,7 +29,7 @@ pub const ENV: &str = "R1SAE_SIMD";
 pub enum Level {
     /// Plain Rust, on any CPU.
     Scalar = 1,
-    /// AVX2 and FMA: 8 floats at a time.
+    /// AVX2, FMA and F16C (no CPU has the first without the others): 8 floats at a time.
     Avx2 = 2,
     /// AVX-512F: 16 floats at a time.
     Avx512 = 3,
@@ -53,7 +53,11 @@ impl Level {
         match self {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => is_x86_feature_detected!("avx512f"),
             #[cfg(not(target_arch = "x86_64"))]
@@ -161,7 +165,7 @@ macro_rules! dispatch {
         match $self.0 {
             Level::Scalar => scalar::$name($($argument),*),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a Simd of this level is only made after AVX2 and FMA were detected.
+            // SAFETY: a Simd of this level is only made after AVX2, FMA and F16C were detected.
             Level::Avx2 => unsafe { x86::avx2::$name($($argument),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: a Simd of this level is only made after AVX-512F was detected.
@@ -218,25 +222,25 @@ impl Simd {
 
     /// `sum[i] += scale * row[i]`, over the shorter length.
     #[inline]
-    pub fn add_scaled<E: Element>(self, sum: &mut [f32], scale: f32, row: &[E]) {
+    pub fn add_scaled<E: Stored>(self, sum: &mut [f32], scale: f32, row: &[E]) {
         dispatch!(self, add_scaled(sum, scale, row))
     }
 
     /// Four [`Simd::add_scaled`] in order, in one pass over `sum`.
     #[inline]
-    pub fn add_scaled_4<E: Element>(self, sum: &mut [f32], scales: [f32; 4], rows: [&[E]; 4]) {
+    pub fn add_scaled_4<E: Stored>(self, sum: &mut [f32], scales: [f32; 4], rows: [&[E]; 4]) {
         dispatch!(self, add_scaled_4(sum, scales, rows))
     }
 
     /// The inner product, over the shorter length, added up in f32.
     #[inline]
-    pub fn dot<E: Element>(self, left: &[f32], right: &[E]) -> f32 {
+    pub fn dot<E: Stored>(self, left: &[f32], right: &[E]) -> f32 {
         dispatch!(self, dot(left, right))
     }
 
     /// Four inner products with the same vector, over its length; no left one may be shorter.
     #[inline]
-    pub fn dot_4<E: Element>(self, left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+    pub fn dot_4<E: Stored>(self, left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
         dispatch!(self, dot_4(left, right))
     }
 

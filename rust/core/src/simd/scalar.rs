@@ -1,6 +1,6 @@
 //! The truth: each loop in its plainest form.
 
-use super::{key_of, Element};
+use super::{key_of, Element, Stored};
 
 pub(super) fn group_maxima<E: Element>(row: &[E], maxima: &mut [f32]) -> bool {
     let mut finite = true;
@@ -50,13 +50,13 @@ pub(super) fn collect_above_each<E: Element>(row: &[E], bounds: &[f32], keys: &m
     }
 }
 
-pub(super) fn add_scaled<E: Element>(sum: &mut [f32], scale: f32, row: &[E]) {
+pub(super) fn add_scaled<E: Stored>(sum: &mut [f32], scale: f32, row: &[E]) {
     for (sum, value) in sum.iter_mut().zip(row) {
         *sum += scale * value.to_f32();
     }
 }
 
-pub(super) fn add_scaled_4<E: Element>(sum: &mut [f32], scales: [f32; 4], rows: [&[E]; 4]) {
+pub(super) fn add_scaled_4<E: Stored>(sum: &mut [f32], scales: [f32; 4], rows: [&[E]; 4]) {
     // Cut to one length first, so that the loop has no bounds checks.
     let len = rows.iter().fold(sum.len(), |len, row| len.min(row.len()));
     let [a, b, c, d] = rows.map(|row| &row[..len]);
@@ -68,7 +68,7 @@ pub(super) fn add_scaled_4<E: Element>(sum: &mut [f32], scales: [f32; 4], rows: 
     }
 }
 
-pub(super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
+pub(super) fn dot<E: Stored>(left: &[f32], right: &[E]) -> f32 {
     // Eight partial sums: the compiler may not reorder one sum by itself.
     let len = left.len().min(right.len());
     let (left, right) = (&left[..len], &right[..len]);
@@ -88,7 +88,7 @@ pub(super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
     sums.iter().sum::<f32>() + tail
 }
 
-pub(super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+pub(super) fn dot_4<E: Stored>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
     left.map(|left| dot(left, right))
 }
 

@@ -7,25 +7,27 @@ use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::sync::OnceLock;
 
-use super::{Block, Tiles, FETCHED};
+use super::{Block, Kind, Tiles, FETCHED};
 use crate::screen::layout::{PANEL, TILE, TILE_ROWS};
 
-/// Whether the CPU has AMX's 8-bit products and the system lets this process use them.
-pub(super) fn is_supported() -> bool {
-    static SUPPORTED: OnceLock<bool> = OnceLock::new();
-    *SUPPORTED.get_or_init(|| has_instructions() && system_saves_tiles() && ask_permission())
+/// Whether the CPU has AMX's products of this kind and the system lets this process use them.
+pub(super) fn is_supported(kind: Kind) -> bool {
+    static TILES: OnceLock<bool> = OnceLock::new();
+    // Of CPUID leaf 7 (Intel SDM): bit 24 tiles, bit 25 8-bit products, bit 22 those of bf16.
+    let product = match kind {
+        Kind::Int8 => 25,
+        Kind::Bf16 => 22,
+    };
+    let has = |bit: u32| features() >> bit & 1 == 1;
+    *TILES.get_or_init(|| has(24) && system_saves_tiles() && ask_permission()) && has(product)
 }
 
-fn has_instructions() -> bool {
-    if !is_x86_feature_detected!("avx512f") {
-        return false;
+/// The CPU's features by CPUID leaf 7, edx; none where there is no AVX-512.
+fn features() -> u32 {
+    if !is_x86_feature_detected!("avx512f") || __cpuid_count(0, 0).eax < 7 {
+        return 0;
     }
-    let leaves = __cpuid_count(0, 0).eax;
-    if leaves < 7 {
-        return false;
-    }
-    // Bit 24: tiles, bit 25: 8-bit products (Intel SDM, CPUID leaf 7).
-    __cpuid_count(7, 0).edx >> 24 & 0b11 == 0b11
+    __cpuid_count(7, 0).edx
 }
 
 /// Whether the system saves the tiles when it changes threads: bits 17 and 18 of XCR0.
@@ -86,13 +88,15 @@ pub(super) unsafe fn multiply(
     steps: usize,
     block: &mut Block,
     fresh: bool,
+    kind: Kind,
 ) {
     // SAFETY: as the caller says.
     unsafe {
-        if row_tiles == 2 {
-            four(x, w, steps, block, fresh);
-        } else {
-            two(x, w, steps, block, fresh);
+        match (kind, row_tiles) {
+            (Kind::Int8, 2) => int8::four(x, w, steps, block, fresh),
+            (Kind::Int8, _) => int8::two(x, w, steps, block, fresh),
+            (Kind::Bf16, 2) => bf16::four(x, w, steps, block, fresh),
+            (Kind::Bf16, _) => bf16::two(x, w, steps, block, fresh),
         }
     }
 }
@@ -100,101 +104,113 @@ pub(super) unsafe fn multiply(
 /// Bytes between two rows of a block.
 const ROW: usize = PANEL * 4;
 
-/// Two tiles of rows by two of features.
-///
-/// # Safety
-/// As for [`multiply`].
-unsafe fn four(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
-    let (x, x_stride) = (x.bytes.as_ptr(), x.stride);
-    let (w, w_stride, ahead) = (w.bytes.as_ptr(), w.stride, w.ahead.as_ptr());
-    let at = block.as_mut_ptr().cast::<u8>();
-    // SAFETY: a block holds four tiles: rows of 128 bytes, of which a tile takes 64; the tiles that are
-    // read are readable, as the caller says. What is fetched ahead may lie beyond: that never faults.
-    unsafe {
-        if fresh {
-            asm!(
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                options(nostack, nomem)
-            );
-        } else {
-            asm!(
-                "tileloadd tmm0, [{c} + {row}]", "tileloadd tmm1, [{c} + {row} + 64]",
-                "tileloadd tmm2, [{d} + {row}]", "tileloadd tmm3, [{d} + {row} + 64]",
-                c = in(reg) at, d = in(reg) at.add(TILE_ROWS * ROW), row = in(reg) ROW,
-                options(nostack, readonly));
+/// The loops, for one instruction that multiplies tiles: all tiles lie alike, whatever they hold.
+macro_rules! loops {
+    ($name:ident, $product:literal) => {
+        mod $name {
+            use super::*;
+
+            /// Two tiles of rows by two of features.
+            ///
+            /// # Safety
+            /// As for [`multiply`].
+            pub(super) unsafe fn four(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
+                let (x, x_stride) = (x.bytes.as_ptr(), x.stride);
+                let (w, w_stride, ahead) = (w.bytes.as_ptr(), w.stride, w.ahead.as_ptr());
+                let at = block.as_mut_ptr().cast::<u8>();
+                // SAFETY: a block holds four tiles: rows of 128 bytes, of which a tile takes 64; the tiles that are
+                // read are readable, as the caller says. What is fetched ahead may lie beyond: that never faults.
+                unsafe {
+                    if fresh {
+                        asm!(
+                            "tilezero tmm0",
+                            "tilezero tmm1",
+                            "tilezero tmm2",
+                            "tilezero tmm3",
+                            options(nostack, nomem)
+                        );
+                    } else {
+                        asm!(
+                            "tileloadd tmm0, [{c} + {row}]", "tileloadd tmm1, [{c} + {row} + 64]",
+                            "tileloadd tmm2, [{d} + {row}]", "tileloadd tmm3, [{d} + {row} + 64]",
+                            c = in(reg) at, d = in(reg) at.add(TILE_ROWS * ROW), row = in(reg) ROW,
+                            options(nostack, readonly));
+                    }
+                    if steps > 0 {
+                        asm!(
+                            "2:",
+                            "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
+                            "tileloadd tmm4, [{x0} + {line}]",
+                            "prefetcht0 [{x0} + 1024]", "prefetcht0 [{x0} + 1088]", "prefetcht0 [{x0} + 1152]", "prefetcht0 [{x0} + 1216]",
+                            "tileloadd tmm6, [{w0} + {line}]",
+                            "prefetcht0 [{x0} + 1280]", "prefetcht0 [{x0} + 1344]", "prefetcht0 [{x0} + 1408]", "prefetcht0 [{x0} + 1472]",
+                            concat!($product, " tmm0, tmm4, tmm6"),
+                            "prefetcht0 [{x0} + 1536]", "prefetcht0 [{x0} + 1600]", "prefetcht0 [{x0} + 1664]", "prefetcht0 [{x0} + 1728]",
+                            "tileloadd tmm7, [{w1} + {line}]",
+                            "prefetcht0 [{x0} + 1792]", "prefetcht0 [{x0} + 1856]", "prefetcht0 [{x0} + 1920]", "prefetcht0 [{x0} + 1984]",
+                            concat!($product, " tmm1, tmm4, tmm7"),
+                            "prefetcht0 [{x1} + 1024]", "prefetcht0 [{x1} + 1088]", "prefetcht0 [{x1} + 1152]", "prefetcht0 [{x1} + 1216]",
+                            "tileloadd tmm5, [{x1} + {line}]",
+                            "prefetcht0 [{x1} + 1280]", "prefetcht0 [{x1} + 1344]", "prefetcht0 [{x1} + 1408]", "prefetcht0 [{x1} + 1472]",
+                            concat!($product, " tmm2, tmm5, tmm6"),
+                            "prefetcht0 [{x1} + 1536]", "prefetcht0 [{x1} + 1600]", "prefetcht0 [{x1} + 1664]", "prefetcht0 [{x1} + 1728]",
+                            concat!($product, " tmm3, tmm5, tmm7"),
+                            "prefetcht0 [{x1} + 1792]", "prefetcht0 [{x1} + 1856]", "prefetcht0 [{x1} + 1920]", "prefetcht0 [{x1} + 1984]",
+                            "add {x0}, {tile}", "add {x1}, {tile}", "add {w0}, {tile}", "add {w1}, {tile}",
+                            "add {ahead}, {fetched}",
+                            "dec {steps}",
+                            "jnz 2b",
+                            x0 = inout(reg) x => _, x1 = inout(reg) x.add(x_stride) => _,
+                            w0 = inout(reg) w => _, w1 = inout(reg) w.add(w_stride) => _,
+                            steps = inout(reg) steps => _, ahead = inout(reg) ahead => _, line = in(reg) 64_usize, tile = const TILE,
+                            fetched = const FETCHED,
+                            options(nostack, readonly));
+                    }
+                    asm!(
+                        "tilestored [{c} + {row}], tmm0", "tilestored [{c} + {row} + 64], tmm1",
+                        "tilestored [{d} + {row}], tmm2", "tilestored [{d} + {row} + 64], tmm3",
+                        c = in(reg) at, d = in(reg) at.add(TILE_ROWS * ROW), row = in(reg) ROW,
+                        options(nostack));
+                }
+            }
+
+            /// One tile of rows by two of features.
+            ///
+            /// # Safety
+            /// As for [`multiply`].
+            pub(super) unsafe fn two(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
+                let (x, w, w_stride) = (x.bytes.as_ptr(), w.bytes.as_ptr(), w.stride);
+                let at = block.as_mut_ptr().cast::<u8>();
+                // SAFETY: as in `four`; the upper half of a block is two tiles.
+                unsafe {
+                    if fresh {
+                        asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+                    } else {
+                        asm!("tileloadd tmm0, [{c} + {row}]", "tileloadd tmm1, [{c} + {row} + 64]",
+                            c = in(reg) at, row = in(reg) ROW, options(nostack, readonly));
+                    }
+                    if steps > 0 {
+                        asm!(
+                            "2:",
+                            "tileloadd tmm4, [{x0} + {line}]",
+                            "tileloadd tmm6, [{w0} + {line}]",
+                            concat!($product, " tmm0, tmm4, tmm6"),
+                            "tileloadd tmm7, [{w1} + {line}]",
+                            concat!($product, " tmm1, tmm4, tmm7"),
+                            "add {x0}, {tile}", "add {w0}, {tile}", "add {w1}, {tile}",
+                            "dec {steps}",
+                            "jnz 2b",
+                            x0 = inout(reg) x => _, w0 = inout(reg) w => _, w1 = inout(reg) w.add(w_stride) => _,
+                            steps = inout(reg) steps => _, line = in(reg) 64_usize, tile = const TILE,
+                            options(nostack, readonly));
+                    }
+                    asm!("tilestored [{c} + {row}], tmm0", "tilestored [{c} + {row} + 64], tmm1",
+                        c = in(reg) at, row = in(reg) ROW, options(nostack));
+                }
+            }
         }
-        if steps > 0 {
-            asm!(
-                "2:",
-                "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
-                "tileloadd tmm4, [{x0} + {line}]",
-                "prefetcht0 [{x0} + 1024]", "prefetcht0 [{x0} + 1088]", "prefetcht0 [{x0} + 1152]", "prefetcht0 [{x0} + 1216]",
-                "tileloadd tmm6, [{w0} + {line}]",
-                "prefetcht0 [{x0} + 1280]", "prefetcht0 [{x0} + 1344]", "prefetcht0 [{x0} + 1408]", "prefetcht0 [{x0} + 1472]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "prefetcht0 [{x0} + 1536]", "prefetcht0 [{x0} + 1600]", "prefetcht0 [{x0} + 1664]", "prefetcht0 [{x0} + 1728]",
-                "tileloadd tmm7, [{w1} + {line}]",
-                "prefetcht0 [{x0} + 1792]", "prefetcht0 [{x0} + 1856]", "prefetcht0 [{x0} + 1920]", "prefetcht0 [{x0} + 1984]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                "prefetcht0 [{x1} + 1024]", "prefetcht0 [{x1} + 1088]", "prefetcht0 [{x1} + 1152]", "prefetcht0 [{x1} + 1216]",
-                "tileloadd tmm5, [{x1} + {line}]",
-                "prefetcht0 [{x1} + 1280]", "prefetcht0 [{x1} + 1344]", "prefetcht0 [{x1} + 1408]", "prefetcht0 [{x1} + 1472]",
-                "tdpbsud tmm2, tmm5, tmm6",
-                "prefetcht0 [{x1} + 1536]", "prefetcht0 [{x1} + 1600]", "prefetcht0 [{x1} + 1664]", "prefetcht0 [{x1} + 1728]",
-                "tdpbsud tmm3, tmm5, tmm7",
-                "prefetcht0 [{x1} + 1792]", "prefetcht0 [{x1} + 1856]", "prefetcht0 [{x1} + 1920]", "prefetcht0 [{x1} + 1984]",
-                "add {x0}, {tile}", "add {x1}, {tile}", "add {w0}, {tile}", "add {w1}, {tile}",
-                "add {ahead}, {fetched}",
-                "dec {steps}",
-                "jnz 2b",
-                x0 = inout(reg) x => _, x1 = inout(reg) x.add(x_stride) => _,
-                w0 = inout(reg) w => _, w1 = inout(reg) w.add(w_stride) => _,
-                steps = inout(reg) steps => _, ahead = inout(reg) ahead => _, line = in(reg) 64_usize, tile = const TILE,
-                fetched = const FETCHED,
-                options(nostack, readonly));
-        }
-        asm!(
-            "tilestored [{c} + {row}], tmm0", "tilestored [{c} + {row} + 64], tmm1",
-            "tilestored [{d} + {row}], tmm2", "tilestored [{d} + {row} + 64], tmm3",
-            c = in(reg) at, d = in(reg) at.add(TILE_ROWS * ROW), row = in(reg) ROW,
-            options(nostack));
-    }
+    };
 }
 
-/// One tile of rows by two of features.
-///
-/// # Safety
-/// As for [`multiply`].
-unsafe fn two(x: Tiles<'_>, w: Tiles<'_>, steps: usize, block: &mut Block, fresh: bool) {
-    let (x, w, w_stride) = (x.bytes.as_ptr(), w.bytes.as_ptr(), w.stride);
-    let at = block.as_mut_ptr().cast::<u8>();
-    // SAFETY: as in `four`; the upper half of a block is two tiles.
-    unsafe {
-        if fresh {
-            asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
-        } else {
-            asm!("tileloadd tmm0, [{c} + {row}]", "tileloadd tmm1, [{c} + {row} + 64]",
-                c = in(reg) at, row = in(reg) ROW, options(nostack, readonly));
-        }
-        if steps > 0 {
-            asm!(
-                "2:",
-                "tileloadd tmm4, [{x0} + {line}]",
-                "tileloadd tmm6, [{w0} + {line}]",
-                "tdpbsud tmm0, tmm4, tmm6",
-                "tileloadd tmm7, [{w1} + {line}]",
-                "tdpbsud tmm1, tmm4, tmm7",
-                "add {x0}, {tile}", "add {w0}, {tile}", "add {w1}, {tile}",
-                "dec {steps}",
-                "jnz 2b",
-                x0 = inout(reg) x => _, w0 = inout(reg) w => _, w1 = inout(reg) w.add(w_stride) => _,
-                steps = inout(reg) steps => _, line = in(reg) 64_usize, tile = const TILE,
-                options(nostack, readonly));
-        }
-        asm!("tilestored [{c} + {row}], tmm0", "tilestored [{c} + {row} + 64], tmm1",
-            c = in(reg) at, row = in(reg) ROW, options(nostack));
-    }
-}
+loops!(int8, "tdpbsud");
+loops!(bf16, "tdpbf16ps");

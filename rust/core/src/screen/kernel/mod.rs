@@ -1,7 +1,8 @@
-//! The 8-bit product of up to 32 rows and 32 features, one twin per instruction set.
+//! The product of up to 32 rows and 32 features, one twin per instruction set.
 //!
-//! All add the same integers exactly, so all agree to the bit. Weights are unsigned (128 stands for
-//! zero), rows signed, which is the mix that every instruction set has.
+//! Of 8-bit numbers all add the same integers exactly, so all agree to the bit. Weights are unsigned (128
+//! stands for zero), rows signed, which is the mix that every instruction set has. Of bf16 each adds in
+//! its own order, in f32.
 
 use std::marker::PhantomData;
 
@@ -14,14 +15,34 @@ use crate::simd::{Level, Simd};
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+mod bf16;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod vnni;
 
-/// The sums of one block: rows of [`PANEL`] features.
+/// The sums of one block: rows of [`PANEL`] features; of bf16 the bits of f32.
 pub(super) type Block = [i32; PANEL * PANEL];
 
-/// An instruction set for 8-bit products.
+/// What is multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Whole numbers of 8 bits.
+    Int8,
+    /// The upper halves of f32.
+    Bf16,
+}
+
+impl Kind {
+    /// Bytes of a number.
+    pub(super) const fn bytes(self) -> usize {
+        match self {
+            Self::Int8 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// An instruction set for products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kernel {
     /// Plain Rust, on any CPU.
@@ -34,17 +55,46 @@ pub enum Kernel {
     Avx512Vnni,
     /// AMX: 16,384 products an instruction.
     Amx,
+    /// bf16 in plain Rust, on any CPU.
+    ScalarBf16,
+    /// The same, compiled for AVX2.
+    Avx2Bf16,
+    /// AVX-512 BF16: 32 products an instruction.
+    Avx512Bf16,
+    /// AMX: 8,192 products of bf16 an instruction.
+    AmxBf16,
 }
 
 impl Kernel {
-    /// Every kernel, slowest first.
-    pub const ALL: [Self; 5] = [
+    /// Every kernel, of each kind slowest first.
+    pub const ALL: [Self; 9] = [
         Self::Scalar,
         Self::Avx2,
         Self::AvxVnni,
         Self::Avx512Vnni,
         Self::Amx,
+        Self::ScalarBf16,
+        Self::Avx2Bf16,
+        Self::Avx512Bf16,
+        Self::AmxBf16,
     ];
+
+    /// What it multiplies.
+    pub const fn kind(self) -> Kind {
+        match self {
+            Self::ScalarBf16 | Self::Avx2Bf16 | Self::Avx512Bf16 | Self::AmxBf16 => Kind::Bf16,
+            _ => Kind::Int8,
+        }
+    }
+
+    /// The least level that it belongs to.
+    const fn level(self) -> Level {
+        match self {
+            Self::Scalar | Self::ScalarBf16 => Level::Scalar,
+            Self::Avx2 | Self::AvxVnni | Self::Avx2Bf16 => Level::Avx2,
+            Self::Avx512Vnni | Self::Amx | Self::Avx512Bf16 | Self::AmxBf16 => Level::Avx512,
+        }
+    }
 
     /// The name that users type.
     pub const fn name(self) -> &'static str {
@@ -54,13 +104,23 @@ impl Kernel {
             Self::AvxVnni => "avx_vnni",
             Self::Avx512Vnni => "avx512_vnni",
             Self::Amx => "amx_int8",
+            Self::ScalarBf16 => "scalar_bf16",
+            Self::Avx2Bf16 => "avx2_bf16",
+            Self::Avx512Bf16 => "avx512_bf16",
+            Self::AmxBf16 => "amx_bf16",
         }
     }
 
     /// Whether this CPU and this system have it.
     pub fn is_supported(self) -> bool {
         match self {
-            Self::Scalar => true,
+            Self::Scalar | Self::ScalarBf16 => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2Bf16 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2"),
             #[cfg(target_arch = "x86_64")]
@@ -70,24 +130,24 @@ impl Kernel {
                 is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("avx512f")
             }
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Self::Amx => amx::is_supported(),
+            Self::Amx | Self::AmxBf16 => amx::is_supported(self.kind()),
             #[allow(unreachable_patterns, reason = "which are left depends on the target")]
             _ => false,
         }
     }
 
-    /// The fastest that this CPU has within `simd`'s level.
-    pub fn best(simd: Simd) -> Self {
-        let widest = match simd.level() {
-            Level::Scalar => 1,
-            Level::Avx2 => 3,
-            Level::Avx512 => Self::ALL.len(),
-        };
-        let mut known = Self::ALL[..widest].iter().rev();
-        known
+    /// The fastest of a kind that this CPU has within `simd`'s level.
+    pub fn best(kind: Kind, simd: Simd) -> Self {
+        let mut fitting = Self::ALL
+            .into_iter()
+            .rev()
+            .filter(|kernel| kernel.kind() == kind && kernel.level() as u8 <= simd.level() as u8);
+        fitting
             .find(|kernel| kernel.is_supported())
-            .copied()
-            .unwrap_or(Self::Scalar)
+            .unwrap_or(match kind {
+                Kind::Int8 => Self::Scalar,
+                Kind::Bf16 => Self::ScalarBf16,
+            })
     }
 
     /// Rows are rounded to whole numbers from minus this to this.
@@ -105,7 +165,7 @@ impl Kernel {
             return None;
         }
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if self == Self::Amx {
+        if matches!(self, Self::Amx | Self::AmxBf16) {
             // SAFETY: AMX is supported, which includes the system's permission.
             unsafe { amx::configure() };
         }
@@ -119,7 +179,7 @@ pub(super) struct Session(Kernel, PhantomData<*const ()>);
 impl Drop for Session {
     fn drop(&mut self) {
         #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-        if self.0 == Kernel::Amx {
+        if matches!(self.0, Kernel::Amx | Kernel::AmxBf16) {
             // SAFETY: a session of AMX exists only where AMX is supported.
             unsafe { amx::release() };
         }
@@ -171,7 +231,16 @@ impl Session {
             Kernel::Avx512Vnni => unsafe { vnni::multiply_512(x, rows, w, steps, block, fresh) },
             #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
             // SAFETY: this session has configured AMX on this thread, and the extents were checked.
-            Kernel::Amx => unsafe { amx::multiply(x, row_tiles, w, steps, block, fresh) },
+            Kernel::Amx | Kernel::AmxBf16 => unsafe {
+                amx::multiply(x, row_tiles, w, steps, block, fresh, self.0.kind());
+            },
+            Kernel::ScalarBf16 => bf16::multiply(x, rows, w, steps, block, fresh),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: AVX2 and FMA are supported (a session exists).
+            Kernel::Avx2Bf16 => unsafe { bf16::multiply_avx2(x, rows, w, steps, block, fresh) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: AVX-512 BF16 is supported (a session exists), and the extents were checked.
+            Kernel::Avx512Bf16 => unsafe { bf16::multiply_512(x, rows, w, steps, block, fresh) },
             #[allow(unreachable_patterns, reason = "which are left depends on the target")]
             _ => scalar::multiply(x, rows, w, steps, block, fresh),
         }
@@ -194,7 +263,8 @@ mod tests {
     fn kernels_add_the_same_integers() {
         let steps = 5;
         for (low, high) in [(0_u8, 255_u8), (1, 255), (255, 255)] {
-            for kernel in Kernel::ALL {
+            let kernels = Kernel::ALL.into_iter();
+            for kernel in kernels.filter(|kernel| kernel.kind() == Kind::Int8) {
                 let Some(session) = kernel.begin() else {
                     continue;
                 };
@@ -238,6 +308,76 @@ mod tests {
                                 "{kernel:?} {rows} {row} {feature}"
                             );
                         }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every kernel of bf16 against f64, within what any order of adding up may be off.
+    #[test]
+    fn kernels_add_the_same_bf16() {
+        let steps = 5;
+        let mut state = 9_u64;
+        let mut draw = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+            ((state >> 40) as f32 / (1 << 23) as f32) - 1.0
+        };
+        let mut numbers = || -> Vec<half::bf16> {
+            let numbers = (0..steps * TILE).map(|_| half::bf16::from_f32(draw()));
+            numbers.collect()
+        };
+        let (x, w) = (numbers(), numbers());
+        fn tiles(numbers: &[half::bf16], steps: usize) -> Tiles<'_> {
+            Tiles {
+                bytes: bytemuck::cast_slice(numbers),
+                stride: steps * TILE,
+                ahead: &[],
+            }
+        }
+        let kernels = Kernel::ALL.into_iter();
+        for kernel in kernels.filter(|kernel| kernel.kind() == Kind::Bf16) {
+            let Some(session) = kernel.begin() else {
+                continue;
+            };
+            for rows in [1, 2, 3, 7, 8, 13, 16, 17, 29, 32] {
+                let mut block = [7; PANEL * PANEL];
+                session.multiply(
+                    tiles(&x, steps),
+                    rows,
+                    tiles(&w, steps),
+                    3,
+                    &mut block,
+                    true,
+                );
+                session.multiply(
+                    tiles(&x, steps),
+                    rows,
+                    tiles(&w, steps),
+                    steps,
+                    &mut block,
+                    false,
+                );
+                for row in 0..rows {
+                    for feature in 0..PANEL {
+                        let product = |dimension: usize| {
+                            let (step, at) = (dimension / 32, dimension % 32);
+                            let of_x = ((row / 16 * steps + step) * TILE + row % 16 * 64) / 2 + at;
+                            let of_w = ((feature / 16 * steps + step) * TILE + at / 2 * 64) / 2
+                                + feature % 16 * 2
+                                + at % 2;
+                            f64::from(x[of_x].to_f32()) * f64::from(w[of_w].to_f32())
+                        };
+                        let terms = || (0..3 * 32).chain(0..steps * 32).map(product);
+                        let sum: f64 = terms().sum();
+                        let size: f64 = terms().map(f64::abs).sum();
+                        let off =
+                            f64::from(f32::from_bits(block[row * PANEL + feature] as u32)) - sum;
+                        let most = (8 * 32 + 8) as f64 * size / f64::from(1 << 24);
+                        assert!(
+                            off.abs() <= most,
+                            "{kernel:?} {rows} {row} {feature}: {off}"
+                        );
                     }
                 }
             }

@@ -7,14 +7,14 @@ use std::arch::x86_64::{
     _mm256_storeu_si256, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_UNORD_Q,
 };
 
-use super::super::{key_of, scalar, Element};
+use super::super::{key_of, scalar, Element, Stored};
 use super::fetch_ahead;
 
 const LANES: usize = 8;
 /// Vectors whose masks are joined before they are looked at: nearly all are empty.
 const BLOCK: usize = 4 * LANES;
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn group_maxima<E: Element>(row: &[E], maxima: &mut [f32]) -> bool {
     let magnitude = _mm256_set1_epi32(i32::MAX);
     let mut largest = _mm256_setzero_si256();
@@ -37,7 +37,7 @@ pub(in super::super) fn group_maxima<E: Element>(row: &[E], maxima: &mut [f32]) 
     finite & are_finite_magnitudes(largest)
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn all_finite<E: Element>(row: &[E]) -> bool {
     let magnitude = _mm256_set1_epi32(i32::MAX);
     let mut largest = _mm256_setzero_si256();
@@ -52,7 +52,7 @@ pub(in super::super) fn all_finite<E: Element>(row: &[E]) -> bool {
 }
 
 /// Whether the bits of each `|v|` are below those of infinity.
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn are_finite_magnitudes(largest: __m256i) -> bool {
     let mut lanes = [0_i32; LANES];
     // SAFETY: the array holds the 32 bytes that are stored.
@@ -60,7 +60,7 @@ fn are_finite_magnitudes(largest: __m256i) -> bool {
     lanes.iter().all(|bits| *bits < 0x7f80_0000)
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn collect_above<E: Element>(row: &[E], bound: f32, keys: &mut Vec<u64>) {
     let bounds = _mm256_set1_ps(bound);
     let whole = row.len() - row.len() % BLOCK;
@@ -77,7 +77,7 @@ pub(in super::super) fn collect_above<E: Element>(row: &[E], bound: f32, keys: &
     push_tail(row, whole, keys, |_| bound);
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn collect_finite_above<E: Element>(
     row: &[E],
     bound: f32,
@@ -109,7 +109,7 @@ pub(in super::super) fn collect_finite_above<E: Element>(
     (unordered == 0) & scalar::all_finite(&row[whole..])
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn count_reaching(values: &[f32], bound: f32) -> usize {
     let bounds = _mm256_set1_ps(bound);
     let (vectors, rest) = values.as_chunks::<LANES>();
@@ -123,7 +123,7 @@ pub(in super::super) fn count_reaching(values: &[f32], bound: f32) -> usize {
     count
 }
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn collect_above_each<E: Element>(
     row: &[E],
     bounds: &[f32],
@@ -151,7 +151,7 @@ pub(in super::super) fn collect_above_each<E: Element>(
 
 /// One bit a lane; false for NaN.
 #[inline]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn above(values: __m256, bounds: __m256) -> u32 {
     _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(values, bounds)) as u32
 }
@@ -180,8 +180,8 @@ fn push_tail<E: Element>(
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(in super::super) fn add_scaled<E: Element>(sum: &mut [f32], scale: f32, row: &[E]) {
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn add_scaled<E: Stored>(sum: &mut [f32], scale: f32, row: &[E]) {
     let len = sum.len().min(row.len());
     let whole = len - len % LANES;
     let scales = _mm256_set1_ps(scale);
@@ -198,8 +198,8 @@ pub(in super::super) fn add_scaled<E: Element>(sum: &mut [f32], scale: f32, row:
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(in super::super) fn add_scaled_4<E: Element>(
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn add_scaled_4<E: Stored>(
     sum: &mut [f32],
     scales: [f32; 4],
     rows: [&[E]; 4],
@@ -226,8 +226,8 @@ pub(in super::super) fn add_scaled_4<E: Element>(
     }
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(in super::super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn dot<E: Stored>(left: &[f32], right: &[E]) -> f32 {
     let len = left.len().min(right.len());
     let whole = len - len % BLOCK;
     // Four sums hide the latency of the multiply-add.
@@ -256,8 +256,8 @@ pub(in super::super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
     tail.fold(lanes.iter().sum(), |sum, (l, r)| l.mul_add(r.to_f32(), sum))
 }
 
-#[target_feature(enable = "avx2,fma")]
-pub(in super::super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in super::super) fn dot_4<E: Stored>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
     // Cut to one length, which also is a check.
     let left = left.map(|left| &left[..right.len()]);
     let whole = right.len() - right.len() % (2 * LANES);
@@ -292,7 +292,7 @@ pub(in super::super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f3
 /// Vectors of each of four sums that are kept in registers.
 const MIXED: usize = 2;
 
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(in super::super) fn mix_4<E: Element>(
     mut sums: [&mut [f32]; 4],
     weights: [&[f32]; 4],

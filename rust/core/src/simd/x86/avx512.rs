@@ -7,7 +7,7 @@ use std::arch::x86_64::{
     _mm512_setzero_si512, _mm512_storeu_ps, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_UNORD_Q,
 };
 
-use super::super::{key_of, scalar, Element};
+use super::super::{key_of, scalar, Element, Stored};
 use super::fetch_ahead;
 
 const LANES: usize = 16;
@@ -217,7 +217,7 @@ fn push_tail<E: Element>(
 }
 
 #[target_feature(enable = "avx512f")]
-pub(in super::super) fn add_scaled<E: Element>(sum: &mut [f32], scale: f32, row: &[E]) {
+pub(in super::super) fn add_scaled<E: Stored>(sum: &mut [f32], scale: f32, row: &[E]) {
     let len = sum.len().min(row.len());
     let whole = len - len % LANES;
     let scales = _mm512_set1_ps(scale);
@@ -235,7 +235,7 @@ pub(in super::super) fn add_scaled<E: Element>(sum: &mut [f32], scale: f32, row:
 }
 
 #[target_feature(enable = "avx512f")]
-pub(in super::super) fn add_scaled_4<E: Element>(
+pub(in super::super) fn add_scaled_4<E: Stored>(
     sum: &mut [f32],
     scales: [f32; 4],
     rows: [&[E]; 4],
@@ -263,7 +263,7 @@ pub(in super::super) fn add_scaled_4<E: Element>(
 }
 
 #[target_feature(enable = "avx512f")]
-pub(in super::super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
+pub(in super::super) fn dot<E: Stored>(left: &[f32], right: &[E]) -> f32 {
     let len = left.len().min(right.len());
     let whole = len - len % BLOCK;
     // Four sums hide the latency of the multiply-add.
@@ -291,7 +291,7 @@ pub(in super::super) fn dot<E: Element>(left: &[f32], right: &[E]) -> f32 {
 }
 
 #[target_feature(enable = "avx512f")]
-pub(in super::super) fn dot_4<E: Element>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
+pub(in super::super) fn dot_4<E: Stored>(left: [&[f32]; 4], right: &[E]) -> [f32; 4] {
     // Cut to one length, which also is a check.
     let left = left.map(|left| &left[..right.len()]);
     let whole = right.len() - right.len() % (2 * LANES);
