@@ -3,6 +3,7 @@
 
 use pyo3::prelude::*;
 
+mod clusters;
 mod errors;
 mod examples;
 mod floats;
@@ -18,6 +19,7 @@ mod train;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("DEBUG_BUILD", cfg!(debug_assertions))?;
+    clusters::register(module)?;
     ops::register(module)?;
     fp8::register(module)?;
     r1::register(module)?;

@@ -1,0 +1,358 @@
+//! A bucket of a [`Spill`], sorted, as columns.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use super::page::{activation, Options, Page, Pages};
+use super::place::{Place, Places};
+use super::spill::Spill;
+use super::tokens::Bases;
+use crate::{Cancel, Error, Result};
+
+/// Parts into which a bucket is cut for each thread.
+const PARTS: usize = 8;
+
+/// Columns of the tables; `place` columns are the tables' sequence_id and token_idx.
+#[derive(Debug, Default)]
+pub struct Columns {
+    pub activations: Activations,
+    /// Of the bucket's features, each in turn.
+    pub features: Features,
+    pub examples: Chosen,
+    pub intervals: Intervals,
+    pub negatives: Chosen,
+    pub lifts: Lifts,
+}
+
+/// By feature, strongest first, equal ones by place.
+#[derive(Debug, Default)]
+pub struct Activations {
+    pub feature: Vec<i32>,
+    pub sequence: Vec<i64>,
+    pub position: Vec<i32>,
+    pub strength: Vec<f32>,
+}
+
+/// One of each a feature.
+#[derive(Debug, Default)]
+pub struct Features {
+    pub sum: Vec<f64>,
+    pub max: Vec<f32>,
+    /// `[features, BINS]`
+    pub histogram: Vec<i64>,
+    /// `[features, SEGMENTS]`
+    pub segments: Vec<i64>,
+    /// `[features, POSITION_BINS]`
+    pub positions: Vec<i64>,
+}
+
+/// Chosen places of features; negatives have no strength.
+#[derive(Debug, Default)]
+pub struct Chosen {
+    pub feature: Vec<i32>,
+    pub rank: Vec<i32>,
+    pub sequence: Vec<i64>,
+    pub position: Vec<i32>,
+    pub strength: Vec<f32>,
+}
+
+/// See the table `intervals`.
+#[derive(Debug, Default)]
+pub struct Intervals {
+    pub chosen: Chosen,
+    pub quantile: Vec<i32>,
+    pub low: Vec<f32>,
+    pub high: Vec<f32>,
+    pub count: Vec<i64>,
+}
+
+/// See the table `token_lift`.
+#[derive(Debug, Default)]
+pub struct Lifts {
+    pub feature: Vec<i32>,
+    pub offset: Vec<i32>,
+    pub rank: Vec<i32>,
+    pub token: Vec<i32>,
+    pub count: Vec<i64>,
+    pub share: Vec<f64>,
+    pub weighted_share: Vec<f64>,
+    pub base: Vec<f64>,
+    pub score: Vec<f64>,
+}
+
+/// How [`gather`] goes about it.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    /// What is kept of each feature.
+    pub options: Options,
+    /// Whether the activations are wanted too.
+    pub activations: bool,
+    /// At most so many; they don't change the result.
+    pub threads: usize,
+}
+
+/// The columns of a bucket.
+pub fn gather(
+    spill: &Spill,
+    bucket: usize,
+    places: Places<'_>,
+    bases: &Bases,
+    work: Work,
+    cancel: &Cancel,
+) -> Result<Columns> {
+    let Work {
+        options,
+        activations,
+        threads,
+    } = work;
+    if bucket >= spill.buckets() {
+        return Err(Error::InvalidArgument(format!(
+            "there is no bucket {bucket} of {}",
+            spill.buckets()
+        )));
+    }
+    let features = spill.features(bucket);
+    let (mut keys, ends) = by_feature(spill, bucket)?;
+    let next = AtomicUsize::new(0);
+    let slots: Vec<Mutex<(Part<'_>, Columns)>> = cut(&mut keys, &ends, threads * PARTS)
+        .into_iter()
+        .map(|part| Mutex::new((part, Columns::default())))
+        .collect();
+    let work = || -> Result<()> {
+        let mut pages = Pages::new(places, bases, options);
+        while let Some(slot) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+            let (part, columns) = &mut *slot;
+            let mut rest = &mut *part.keys;
+            for (at, &size) in part.sizes.iter().enumerate() {
+                cancel.check()?;
+                let (keys, others) = rest.split_at_mut(size);
+                rest = others;
+                let feature = features.start + (part.first + at) as u32;
+                let page = pages
+                    .make(feature, keys)
+                    .map_err(|row| bad_row(feature, row))?;
+                columns.push(feature, &page, places.rows());
+                if activations {
+                    columns.activations.push(feature, keys, places.rows());
+                }
+            }
+        }
+        Ok(())
+    };
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let helpers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(work)).collect();
+        let join = |helper: std::thread::ScopedJoinHandle<'_, Result<()>>| match helper.join() {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        helpers.into_iter().map(join).collect()
+    });
+    results.into_iter().collect::<Result<()>>()?;
+    let mut all = Columns::default();
+    for slot in slots {
+        let (_, columns) = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
+        all.append(columns);
+    }
+    Ok(all)
+}
+
+fn bad_row(feature: u32, row: u32) -> Error {
+    Error::InvalidArgument(format!(
+        "feature {feature} is active more than once at row {row}, or the row has no place; expected \
+         each feature once a row"
+    ))
+}
+
+/// The records of a bucket as keys `row << 32 | bits`, feature after feature, and where each
+/// feature's end.
+fn by_feature(spill: &Spill, bucket: usize) -> Result<(Vec<u64>, Vec<usize>)> {
+    let features = spill.features(bucket);
+    let records = spill.read(bucket)?;
+    let mut ends = vec![0_usize; features.len()];
+    for record in &records {
+        match ends.get_mut(record.feature.wrapping_sub(features.start) as usize) {
+            Some(count) => *count += 1,
+            None => {
+                return Err(Error::InvalidArgument(format!(
+                    "bucket {bucket} holds feature {}, expected {features:?}: the file was \
+                     damaged; begin anew",
+                    record.feature
+                )))
+            }
+        }
+    }
+    let mut start = 0;
+    for end in &mut ends {
+        let count = *end;
+        *end = start;
+        start += count;
+    }
+    let mut keys = vec![0_u64; records.len()];
+    for record in &records {
+        let at = &mut ends[(record.feature - features.start) as usize];
+        keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
+        *at += 1;
+    }
+    Ok((keys, ends))
+}
+
+/// Consecutive features.
+struct Part<'k> {
+    first: usize,
+    sizes: Vec<usize>,
+    keys: &'k mut [u64],
+}
+
+fn cut<'k>(mut keys: &'k mut [u64], ends: &[usize], parts: usize) -> Vec<Part<'k>> {
+    let wanted = keys.len().div_ceil(parts.max(1)).max(1);
+    let mut made = Vec::new();
+    let (mut start, mut first, mut sizes) = (0, 0, Vec::new());
+    for (feature, &end) in ends.iter().enumerate() {
+        let before: usize = sizes.iter().sum();
+        sizes.push(end - start);
+        start = end;
+        if before + sizes[sizes.len() - 1] >= wanted || feature + 1 == ends.len() {
+            let taken: usize = sizes.iter().sum();
+            let (head, rest) = keys.split_at_mut(taken);
+            keys = rest;
+            made.push(Part {
+                first,
+                sizes: std::mem::take(&mut sizes),
+                keys: head,
+            });
+            first = feature + 1;
+        }
+    }
+    made
+}
+
+impl Columns {
+    fn push(&mut self, feature: u32, page: &Page, rows: &[Place]) {
+        let features = &mut self.features;
+        // As the mean is made: the whole and the fraction each rounded, then added.
+        features
+            .sum
+            .push((page.sum >> 64) as f64 + (page.sum as u64) as f64 * (-64f64).exp2());
+        features.max.push(page.largest);
+        let signed = |counts: &[u64]| counts.iter().map(|&n| n as i64).collect::<Vec<_>>();
+        features.histogram.extend(signed(&page.histogram));
+        features.segments.extend(signed(&page.segments));
+        features.positions.extend(signed(&page.positions));
+        for (at, &(strength, row)) in page.examples.iter().enumerate() {
+            self.examples
+                .push(feature, at + 1, Some(strength), row, rows);
+        }
+        for &row in &page.negatives {
+            let rank = 1 + self.negatives.rank_in(feature);
+            self.negatives.push(feature, rank, None, row, rows);
+        }
+        for drawn in &page.intervals {
+            let (strength, row) = drawn.activation;
+            let intervals = &mut self.intervals;
+            intervals
+                .chosen
+                .push(feature, drawn.rank, Some(strength), row, rows);
+            intervals.quantile.push(drawn.quantile as i32);
+            intervals.low.push(drawn.low);
+            intervals.high.push(drawn.high);
+            intervals.count.push(drawn.count as i64);
+        }
+        let mut rank = 0;
+        let mut offset = None;
+        for lift in &page.lifts {
+            rank = if offset == Some(lift.offset) {
+                rank + 1
+            } else {
+                1
+            };
+            offset = Some(lift.offset);
+            let lifts = &mut self.lifts;
+            lifts.feature.push(feature as i32);
+            lifts.offset.push(lift.offset);
+            lifts.rank.push(rank);
+            lifts.token.push(lift.token as i32);
+            lifts.count.push(lift.count as i64);
+            lifts.share.push(lift.share);
+            lifts.weighted_share.push(lift.weighted_share);
+            lifts.base.push(lift.base);
+            lifts.score.push(lift.score);
+        }
+    }
+
+    fn append(&mut self, mut other: Self) {
+        self.activations.append(&mut other.activations);
+        let (mine, theirs) = (&mut self.features, &mut other.features);
+        mine.sum.append(&mut theirs.sum);
+        mine.max.append(&mut theirs.max);
+        mine.histogram.append(&mut theirs.histogram);
+        mine.segments.append(&mut theirs.segments);
+        mine.positions.append(&mut theirs.positions);
+        self.examples.append(&mut other.examples);
+        self.negatives.append(&mut other.negatives);
+        let (mine, theirs) = (&mut self.intervals, &mut other.intervals);
+        mine.chosen.append(&mut theirs.chosen);
+        mine.quantile.append(&mut theirs.quantile);
+        mine.low.append(&mut theirs.low);
+        mine.high.append(&mut theirs.high);
+        mine.count.append(&mut theirs.count);
+        let (mine, theirs) = (&mut self.lifts, &mut other.lifts);
+        mine.feature.append(&mut theirs.feature);
+        mine.offset.append(&mut theirs.offset);
+        mine.rank.append(&mut theirs.rank);
+        mine.token.append(&mut theirs.token);
+        mine.count.append(&mut theirs.count);
+        mine.share.append(&mut theirs.share);
+        mine.weighted_share.append(&mut theirs.weighted_share);
+        mine.base.append(&mut theirs.base);
+        mine.score.append(&mut theirs.score);
+    }
+}
+
+impl Activations {
+    fn push(&mut self, feature: u32, keys: &[u64], rows: &[Place]) {
+        self.feature
+            .resize(self.feature.len() + keys.len(), feature as i32);
+        for &key in keys {
+            let (strength, row) = activation(key);
+            let place = &rows[row as usize];
+            self.sequence.push(place.sequence());
+            self.position.push(place.position);
+            self.strength.push(strength);
+        }
+    }
+
+    fn append(&mut self, other: &mut Self) {
+        self.feature.append(&mut other.feature);
+        self.sequence.append(&mut other.sequence);
+        self.position.append(&mut other.position);
+        self.strength.append(&mut other.strength);
+    }
+}
+
+impl Chosen {
+    fn push(&mut self, feature: u32, rank: usize, strength: Option<f32>, row: u32, rows: &[Place]) {
+        let place = &rows[row as usize];
+        self.feature.push(feature as i32);
+        self.rank.push(rank as i32);
+        self.sequence.push(place.sequence());
+        self.position.push(place.position);
+        self.strength.extend(strength);
+    }
+
+    /// The last rank of a feature that is being pushed.
+    fn rank_in(&self, feature: u32) -> usize {
+        match (self.feature.last(), self.rank.last()) {
+            (Some(&last), Some(&rank)) if last == feature as i32 => rank as usize,
+            _ => 0,
+        }
+    }
+
+    fn append(&mut self, other: &mut Self) {
+        self.feature.append(&mut other.feature);
+        self.rank.append(&mut other.rank);
+        self.sequence.append(&mut other.sequence);
+        self.position.append(&mut other.position);
+        self.strength.append(&mut other.strength);
+    }
+}

@@ -1,0 +1,341 @@
+//! `r1sae_core::clusters` for Python.
+
+use std::path::PathBuf;
+
+use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use r1sae_core::clusters::bucket::{Chosen, Columns};
+use r1sae_core::clusters::coactivation::tiles;
+use r1sae_core::clusters::partners::Partners;
+use r1sae_core::clusters::{
+    count_shards, gather, scatter_shards, Bases, Coactivation, Options, Place, Places, Record,
+    Spill, Work,
+};
+use r1sae_core::examples::ShardFile;
+
+use crate::errors::to_py;
+use crate::interrupt::run_interruptible;
+
+/// Path, number of the first row, rows.
+type Shards = Vec<(PathBuf, i64, usize)>;
+
+fn files(shards: Shards) -> Vec<ShardFile> {
+    let file = |(path, first_row, rows)| ShardFile {
+        path,
+        first_row,
+        rows,
+    };
+    shards.into_iter().map(file).collect()
+}
+
+/// Adds to `counts` (uint64, one a feature) how often each feature is active in these shards.
+#[pyfunction]
+fn count_activations(
+    py: Python<'_>,
+    shards: Shards,
+    mut counts: PyReadwriteArray1<'_, u64>,
+    threads: usize,
+) -> PyResult<()> {
+    let (files, counts) = (files(shards), counts.as_slice_mut()?);
+    run_interruptible(py, move |cancel| {
+        count_shards(&files, counts, threads, cancel)
+    })
+}
+
+/// A file of activations in buckets of whole features.
+#[pyclass(module = "r1sae_fast._core")]
+struct ActivationSpill(Spill);
+
+#[pymethods]
+impl ActivationSpill {
+    /// For features that are active `counts` times, in buckets of at most `records` activations.
+    /// `filled`: how far each bucket is filled, to go on; None to begin anew.
+    #[new]
+    fn new(
+        path: PathBuf,
+        counts: PyReadonlyArray1<'_, u64>,
+        records: u64,
+        filled: Option<Vec<u64>>,
+    ) -> PyResult<Self> {
+        Spill::open(&path, counts.as_slice()?, records, filled)
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    #[getter]
+    fn buckets(&self) -> usize {
+        self.0.buckets()
+    }
+
+    #[getter]
+    fn filled(&self) -> Vec<u64> {
+        self.0.filled()
+    }
+
+    /// The first feature of a bucket, and the one after its last.
+    fn features(&self, bucket: usize) -> PyResult<(u32, u32)> {
+        if bucket >= self.0.buckets() {
+            return Err(PyValueError::new_err(format!(
+                "there is no bucket {bucket}"
+            )));
+        }
+        let range = self.0.features(bucket);
+        Ok((range.start, range.end))
+    }
+
+    /// Waits until all is on the disk.
+    fn sync(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.sync()).map_err(to_py)
+    }
+
+    /// Adds all activations of code shards. `ranks`: the place of each row, where rows are not in
+    /// the order of places.
+    fn add_shards(
+        &self,
+        py: Python<'_>,
+        shards: Shards,
+        ranks: Option<PyReadonlyArray1<'_, u32>>,
+        threads: usize,
+    ) -> PyResult<()> {
+        let files = files(shards);
+        let ranks = ranks.as_ref().map(|ranks| ranks.as_slice()).transpose()?;
+        run_interruptible(py, move |cancel| {
+            scatter_shards(&self.0, &files, ranks, threads, cancel)
+        })
+    }
+
+    /// Adds activations.
+    fn add(
+        &self,
+        py: Python<'_>,
+        features: PyReadonlyArray1<'_, u32>,
+        rows: PyReadonlyArray1<'_, u32>,
+        strengths: PyReadonlyArray1<'_, f32>,
+    ) -> PyResult<()> {
+        let (features, rows) = (features.as_slice()?, rows.as_slice()?);
+        let strengths = strengths.as_slice()?;
+        if features.len() != rows.len() || rows.len() != strengths.len() {
+            return Err(PyValueError::new_err(format!(
+                "{} features, {} rows and {} strengths; expected as many of each",
+                features.len(),
+                rows.len(),
+                strengths.len()
+            )));
+        }
+        run_interruptible(py, move |cancel| {
+            let mut writer = self.0.writer(64 << 20);
+            for (at, (&feature, &row)) in features.iter().zip(rows).enumerate() {
+                if at % (1 << 16) == 0 {
+                    cancel.check()?;
+                }
+                let bits = strengths[at].to_bits();
+                writer.push(Record { feature, row, bits })?;
+            }
+            writer.finish()
+        })
+    }
+}
+
+/// What token each row is, and how often each token occurs.
+#[pyclass(module = "r1sae_fast._core", unsendable)]
+struct TokenPlaces {
+    /// Kept alive, and not to be written to.
+    bytes: Py<PyArray1<u8>>,
+    bases: Bases,
+}
+
+#[pymethods]
+impl TokenPlaces {
+    /// `bytes`: packed records of sequence i8, position i4, token i4, marks u4, as uint8; must not
+    /// change as long as this is in use.
+    #[new]
+    fn new(py: Python<'_>, bytes: &Bound<'_, PyArray1<u8>>) -> PyResult<Self> {
+        let view: PyReadonlyArray1<'_, u8> = bytes.try_readonly()?;
+        let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
+        let bases = run_interruptible(py, move |_| Ok(Bases::of(&Places::new(rows)?)))?;
+        Ok(Self {
+            bytes: bytes.clone().unbind(),
+            bases,
+        })
+    }
+}
+
+/// The sorted activations of a bucket and what they tell, as arrays by table and column.
+/// `options`: examples, per_sequence, quantiles, per_quantile, negatives, window, tokens, seed.
+#[pyfunction]
+fn cluster_bucket<'py>(
+    py: Python<'py>,
+    spill: &ActivationSpill,
+    bucket: usize,
+    places: &TokenPlaces,
+    options: (usize, usize, usize, usize, usize, usize, usize, u64),
+    activations: bool,
+    threads: usize,
+) -> PyResult<Bound<'py, PyDict>> {
+    let (examples, per_sequence, quantiles, per_quantile, negatives, window, tokens, seed) =
+        options;
+    let options = Options {
+        examples,
+        per_sequence,
+        quantiles,
+        per_quantile,
+        negatives,
+        window,
+        tokens,
+        seed,
+    };
+    let view: PyReadonlyArray1<'_, u8> = places.bytes.bind(py).try_readonly()?;
+    let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
+    let bases = &places.bases;
+    let spill = &spill.0;
+    let columns = run_interruptible(py, move |cancel| {
+        let places = Places::checked_before(rows);
+        let work = Work {
+            options,
+            activations,
+            threads,
+        };
+        gather(spill, bucket, places, bases, work, cancel)
+    })?;
+    tables(py, columns)
+}
+
+fn tables<'py>(py: Python<'py>, columns: Columns) -> PyResult<Bound<'py, PyDict>> {
+    let all = PyDict::new(py);
+    macro_rules! table {
+        ($name:literal, $($column:literal: $values:expr),* $(,)?) => {{
+            let table = PyDict::new(py);
+            $(table.set_item($column, PyArray1::from_vec(py, $values))?;)*
+            all.set_item($name, table)?;
+        }};
+    }
+    let made = columns.activations;
+    table!("activations", "feature_id": made.feature, "sequence_id": made.sequence,
+        "token_idx": made.position, "strength": made.strength);
+    let made = columns.features;
+    table!("features", "sum": made.sum, "max": made.max, "histogram": made.histogram,
+        "segments": made.segments, "positions": made.positions);
+    let Chosen {
+        feature,
+        rank,
+        sequence,
+        position,
+        strength,
+    } = columns.examples;
+    table!("examples", "feature_id": feature, "rank": rank, "sequence_id": sequence,
+        "token_idx": position, "strength": strength);
+    let made = columns.negatives;
+    table!("negatives", "feature_id": made.feature, "rank": made.rank,
+        "sequence_id": made.sequence, "token_idx": made.position);
+    let made = columns.intervals;
+    table!("intervals", "feature_id": made.chosen.feature, "quantile": made.quantile,
+        "rank": made.chosen.rank, "low": made.low, "high": made.high, "count": made.count,
+        "sequence_id": made.chosen.sequence, "token_idx": made.chosen.position,
+        "strength": made.chosen.strength);
+    let made = columns.lifts;
+    table!("token_lift", "feature_id": made.feature, "token_offset": made.offset,
+        "rank": made.rank, "token": made.token, "count": made.count, "share": made.share,
+        "weighted_share": made.weighted_share, "base": made.base, "score": made.score);
+    Ok(all)
+}
+
+/// Ranges of features of which pairs are counted one after another within `bytes`.
+#[pyfunction]
+fn pair_tiles(d_sae: usize, bytes: usize) -> Vec<(usize, usize)> {
+    let pair = |range: std::ops::Range<usize>| (range.start, range.end);
+    tiles(d_sae, bytes).into_iter().map(pair).collect()
+}
+
+/// Counts how often features `start..end` are active together with those below them.
+#[pyclass(module = "r1sae_fast._core")]
+struct PairCounts(Coactivation);
+
+#[pymethods]
+impl PairCounts {
+    #[new]
+    fn new(py: Python<'_>, d_sae: usize, start: usize, end: usize) -> PyResult<Self> {
+        py.detach(|| Coactivation::new(d_sae, start..end))
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    /// Adds code shards, at most `block` rows at a time on each thread.
+    fn add_shards(
+        &self,
+        py: Python<'_>,
+        shards: Shards,
+        block: usize,
+        threads: usize,
+    ) -> PyResult<()> {
+        let files = files(shards);
+        run_interruptible(py, move |cancel| {
+            self.0.add_shards(&files, block, threads, cancel)
+        })
+    }
+}
+
+/// The best partners of each feature by pointwise mutual information.
+#[pyclass(module = "r1sae_fast._core")]
+struct PairPartners(Partners);
+
+#[pymethods]
+impl PairPartners {
+    #[new]
+    fn new(d_sae: usize, n: usize) -> Self {
+        Self(Partners::new(d_sae, n))
+    }
+
+    /// Looks at all counted pairs that met at least `least` times.
+    fn add(
+        &mut self,
+        py: Python<'_>,
+        pairs: &PairCounts,
+        counts: PyReadonlyArray1<'_, u64>,
+        least: u32,
+        threads: usize,
+    ) -> PyResult<()> {
+        let (counts, partners) = (counts.as_slice()?, &mut self.0);
+        run_interruptible(py, move |cancel| {
+            partners.add(&pairs.0, counts, least, threads, cancel)
+        })
+    }
+
+    /// feature_id, rank, other_id and count of all partners.
+    #[allow(clippy::type_complexity)]
+    fn columns<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> (
+        Bound<'py, PyArray1<i32>>,
+        Bound<'py, PyArray1<i32>>,
+        Bound<'py, PyArray1<i32>>,
+        Bound<'py, PyArray1<i64>>,
+    ) {
+        let all = || {
+            let of = |(feature, best): (usize, &Vec<_>)| {
+                let ranked = best.clone().into_iter().enumerate();
+                ranked.map(move |(at, partner)| (feature as i32, at as i32 + 1, partner))
+            };
+            self.0.best().iter().enumerate().flat_map(of)
+        };
+        (
+            PyArray1::from_iter(py, all().map(|(feature, _, _)| feature)),
+            PyArray1::from_iter(py, all().map(|(_, rank, _)| rank)),
+            PyArray1::from_iter(py, all().map(|(_, _, partner)| partner.feature as i32)),
+            PyArray1::from_iter(py, all().map(|(_, _, partner)| i64::from(partner.together))),
+        )
+    }
+}
+
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<ActivationSpill>()?;
+    module.add_class::<TokenPlaces>()?;
+    module.add_class::<PairCounts>()?;
+    module.add_class::<PairPartners>()?;
+    module.add_function(wrap_pyfunction!(count_activations, module)?)?;
+    module.add_function(wrap_pyfunction!(cluster_bucket, module)?)?;
+    module.add_function(wrap_pyfunction!(pair_tiles, module)?)?;
+    Ok(())
+}
