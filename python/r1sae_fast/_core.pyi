@@ -286,3 +286,59 @@ class ExampleAccumulator:
 
 def example_histogram_edges() -> NDArray[np.float32]: ...
 def example_sample_ranks(rows: NDArray[np.int64], seed: int) -> NDArray[np.uint64]: ...
+
+# -- activations by feature (rust/python/src/clusters.rs) --
+
+_Shards: TypeAlias = Sequence[tuple[PathLike[str], int, int]]
+
+def count_activations(shards: _Shards, counts: NDArray[np.uint64], threads: int) -> None: ...
+def pair_tiles(d_sae: int, bytes: int) -> list[tuple[int, int]]: ...
+def cluster_bucket(
+    spill: ActivationSpill,
+    bucket: int,
+    places: TokenPlaces,
+    options: tuple[int, int, int, int, int, int, int, int],
+    activations: bool,
+    threads: int,
+) -> dict[str, dict[str, NDArray[Any]]]: ...
+@final
+class ActivationSpill:
+    def __new__(
+        cls,
+        path: PathLike[str],
+        counts: NDArray[np.uint64],
+        records: int,
+        filled: Sequence[int] | None,
+    ) -> ActivationSpill: ...
+    @property
+    def buckets(self) -> int: ...
+    @property
+    def filled(self) -> list[int]: ...
+    def features(self, bucket: int) -> tuple[int, int]: ...
+    def sync(self) -> None: ...
+    def add_shards(
+        self, shards: _Shards, ranks: NDArray[np.uint32] | None, threads: int
+    ) -> None: ...
+    def add(
+        self,
+        features: NDArray[np.uint32],
+        rows: NDArray[np.uint32],
+        strengths: NDArray[np.float32],
+    ) -> None: ...
+
+@final
+class TokenPlaces:
+    def __new__(cls, bytes: NDArray[np.uint8]) -> TokenPlaces: ...
+
+@final
+class PairCounts:
+    def __new__(cls, d_sae: int, start: int, end: int) -> PairCounts: ...
+    def add_shards(self, shards: _Shards, block: int, threads: int) -> None: ...
+
+@final
+class PairPartners:
+    def __new__(cls, d_sae: int, n: int) -> PairPartners: ...
+    def add(
+        self, pairs: PairCounts, counts: NDArray[np.uint64], least: int, threads: int
+    ) -> None: ...
+    def columns(self) -> tuple[_Int32, _Int32, _Int32, _Int64]: ...

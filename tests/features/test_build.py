@@ -19,7 +19,7 @@ import torch
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, collect_examples
 from r1sae_fast.features import FeatureDB
-from r1sae_fast.features.build import _new_database
+from r1sae_fast.features.new_file import new_file
 from r1sae_fast.shards import CodeShards, CodeWriter
 
 Query = Callable[[str], list[tuple[Any, ...]]]
@@ -83,7 +83,9 @@ def test_features_hold_the_statistics(world: World, database: FeatureDB, query: 
 def test_examples_are_the_strongest_activations(database: FeatureDB, query: Query) -> None:
     stored = query("SELECT * FROM examples ORDER BY feature_id, rank")
     strongest = query("""
-        SELECT feature_id, row_number() OVER w, sequence_id, token_idx, strength FROM activations
+        SELECT feature_id, row_number() OVER w, sequence_id, token_idx, strength
+        FROM (SELECT * FROM activations QUALIFY row_number() OVER
+              (PARTITION BY feature_id, sequence_id ORDER BY strength DESC, token_idx) = 1)
         WINDOW w AS (PARTITION BY feature_id ORDER BY strength DESC, sequence_id, token_idx)
         QUALIFY row_number() OVER w <= 20 ORDER BY ALL""")
     assert stored == strongest
@@ -484,8 +486,8 @@ def test_duckdb_shows_no_bar_of_its_own(
         return connection
 
     monkeypatch.setattr(duckdb, "connect", with_bar)
-    with _new_database(tmp_path / "f.ddb") as connection:
-        assert connection.execute(setting).fetchone() == (False,)
+    with new_file(tmp_path / "f.ddb", "", {}) as file:
+        assert file.connection.execute(setting).fetchone() == (False,)
     # Queries run on cursors, which never have it.
     assert database.sql(f"{setting} AS bar").to_pylist() == [{"bar": False}]
 
@@ -503,6 +505,6 @@ def test_saved_examples_serve_as_well(tmp_path: Path, make_world: Callable[..., 
     codes = make_world(15, sequences=2).write(tmp_path / "codes")
     collect_examples(codes, n=2).save(tmp_path / "examples")
     examples = Examples.load(tmp_path / "examples")
-    with FeatureDB.build(tmp_path / "f.ddb", codes, examples) as db:
+    with FeatureDB.build(tmp_path / "f.ddb", codes, examples, per_sequence=None) as db:
         stored = db.sql("SELECT max(rank) AS n, count(*) AS rows FROM examples").to_pylist()[0]
     assert stored == {"n": 2, "rows": int(torch.count_nonzero(examples.strengths))}

@@ -48,20 +48,38 @@ def build(
         Path | None,
         typer.Option(help="What r1sae examples wrote for these codes; else collected now."),
     ] = None,
-    n: Annotated[int, typer.Option("--n", "-n", help="Examples of each feature to collect.")] = 20,
+    sae: Annotated[
+        str | None,
+        typer.Option(help="The SAE of the codes, for its checksum and each feature's neighbours."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Examples of each feature to keep.")] = 20,
+    max_memory: Annotated[
+        str, typer.Option(help="How much memory may be used, such as 2GiB or 700MB.")
+    ] = "2GiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Build a database from code shards, with a statistical label for each feature.
+    """Build a database from code shards, with statistics and a counted label for each feature.
 
-    The file is there whole or not at all. A build that is stopped leaves what was there before,
-    and starts anew when run again: it does not go on where it was.
+    The file is there whole or not at all. A build that is stopped leaves what was there before.
+    One that was killed goes on where it was when run again; ctrl-c clears up.
     """
     from r1sae_fast.examples import Examples
     from r1sae_fast.features import FeatureDB
+    from r1sae_fast.r1.stream.sizes import parse_size
+    from r1sae_fast.sae import FastSAE
 
     decode = None if tokenizer is None else _load_tokenizer(tokenizer)
     ready = None if examples is None else Examples.load(examples)
-    with FeatureDB.build(database, codes, ready, decode, n=n, overwrite=overwrite) as db:
+    with FeatureDB.build(
+        database,
+        codes,
+        ready,
+        decode,
+        sae=None if sae is None else FastSAE.from_pretrained(sae),
+        n=n,
+        max_memory=parse_size(max_memory),
+        overwrite=overwrite,
+    ) as db:
         rows = int(db.metadata["rows"])
         alive = db.sql("SELECT count(*) AS n FROM features WHERE count > 0").to_pylist()[0]["n"]
         size = database.stat().st_size / 1e6

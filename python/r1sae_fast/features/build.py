@@ -2,349 +2,346 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
 
-from r1sae_fast.atomic import replacing, temporary_name
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
+from r1sae_fast.features.clustering import (
+    Clusters,
+    Keep,
+    Tables,
+    count,
+    load,
+    partners,
+    save,
+    shards_of,
+)
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.labels import add_labels
-from r1sae_fast.features.lock import building_lock, require_not_open
-from r1sae_fast.features.schema import FORMAT, SEGMENTS, TABLES, VERSION
+from r1sae_fast.features.neighbours import checksum, neighbours
+from r1sae_fast.features.new_file import NewFile, new_file
+from r1sae_fast.features.places import TokenPlaces, places_of
+from r1sae_fast.features.schema import FORMAT, POSITION_EDGES, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
 from r1sae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
-    from r1sae_fast.shards import CodeBatch, CodeShards
+    from r1sae_fast.sae import FastSAE
+    from r1sae_fast.shards import CodeShards
 
 Decode = Callable[[int], str]
+Advance = Callable[[float], None]
 
-# Rows of codes in memory at a time: some tens of MB at 64 codes a row.
-_ROWS = 1 << 16
+_ROWS = 1 << 16  # tokens at a time
+_SHOWN_TEXTS = 64  # that tell one decode from another
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build makes, and with how much.
+
+    Attributes:
+        keep: what is kept of each feature.
+        neighbours: nearest decoder directions, if there is an SAE.
+        memory: bytes that may be used.
+        threads: at most so many.
+    """
+
+    keep: Keep
+    neighbours: int
+    memory: int
+    threads: int
 
 
 def build(
     path: Path,
     codes: CodeShards,
-    examples: Examples,
+    examples: Examples | None,
     decode: Decode | None,
+    sae: FastSAE | None,
     metadata: Mapping[str, object],
+    plan: Plan,
     progress: bool | None,
 ) -> None:
     """Writes the database to ``path``; see :meth:`FeatureDB.build`."""
-    if (examples.d_sae, examples.scanned) != (codes.d_sae, len(codes)):
+    if examples is not None and (examples.d_sae, examples.scanned) != (codes.d_sae, len(codes)):
         raise ValueError(
             f"the examples are of d_sae = {examples.d_sae} and {examples.scanned} rows, the codes "
             f"of d_sae = {codes.d_sae} and {len(codes)} rows; collect the examples from these codes"
         )
-    with _new_database(path) as connection:
-        for table, columns in TABLES.items():
-            execute(connection, f"CREATE TABLE {table} ({columns})")
-        builder = _Builder(connection, codes, examples, decode)
-        with progress_bar("building", 2 * len(codes), unit="rows", shown=progress) as advance:
-            builder.load_tokens(advance)
-            builder.check_places()
-            builder.load_activations(advance)
-        builder.load_examples()
-        builder.load_features()
-        add_labels(connection, len(codes), codes.d_sae)
-        builder.load_meta(metadata)
-        execute(connection, "CHECKPOINT")
+    if sae is not None and sae.d_sae != codes.d_sae:
+        raise DatabaseError(
+            f"the SAE has {sae.d_sae} features, the codes {codes.d_sae}; expected the SAE that "
+            "made the codes"
+        )
+    texts = _Texts(decode)
+    key = {"codes": codes.fingerprint, "d_sae": codes.d_sae, "plan": repr(plan), "format": VERSION}
+    config = {
+        "memory_limit": f"{max(plan.memory // 4, 192 << 20) >> 10}KiB",
+        "threads": str(plan.threads),
+    }
+    with new_file(path, json.dumps(key), config) as file:
+        builder = _Builder(file, codes, texts, plan)
+        with progress_bar("building", 4 * len(codes), unit="rows", shown=progress) as advance:
+            builder.load_tokens()
+            advance(len(codes))
+            builder.count(examples)
+            builder.load_coactivations()
+            advance(2 * len(codes))
+            builder.scatter(lambda rows: advance(2 * len(codes) + rows))
+            builder.load_features(lambda rows: advance(3 * len(codes) + rows))
+        add_labels(file.connection, len(codes), codes.d_sae)
+        if sae is not None:
+            builder.load_neighbours(sae)
+        builder.load_meta(metadata, sae)
 
 
-@contextmanager
-def _new_database(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to an empty database, which takes the place of ``path`` on success."""
-    spill = path.with_name(path.name + ".spill.tmp")
-    require_not_open(path)
-    with building_lock(path):
-        _clear(temporary_name(path))
-        try:
-            with replacing(path) as temporary:
-                config: dict[str, Any] = {
-                    "temp_directory": str(spill),
-                    "autoinstall_known_extensions": False,
-                    "autoload_known_extensions": False,
-                }
-                try:
-                    with duckdb.connect(str(temporary), config=config) as connection:
-                        # DuckDB shows one of its own in notebooks.
-                        connection.execute("SET enable_progress_bar = false")
-                        yield connection
-                finally:
-                    shutil.rmtree(spill, ignore_errors=True)
-                    temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
-                require_not_open(path)
-        except duckdb.Error as error:
-            raise DatabaseError(_why_not_built(path, error)) from None
+class _Texts:
+    """The text of each token, asked for once."""
 
+    def __init__(self, decode: Decode | None) -> None:
+        self._decode = decode
+        self._texts: dict[int, str | None] = {}
 
-def _why_not_built(path: Path, error: duckdb.Error) -> str:
-    if isinstance(error, duckdb.OutOfMemoryException):
-        advice = f"free memory, or disk space in {path.parent}, where what doesn't fit is kept"
-    elif isinstance(error, duckdb.IOException) or any(
-        os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    ):  # a write that fails in a checkpoint is of the kind FATAL
-        advice = f"make room in {path.parent} (a full disk? a limit on the size of files?)"
-    else:
-        advice = "if it is so again, please report it"
-    return (
-        f"{path}: the database could not be built: {error}; {advice}, then build it again "
-        "(what was there before is as it was)"
-    )
+    def of(self, tokens: NDArray[np.int32]) -> pa.Array:
+        """Their texts."""
+        distinct, inverse = np.unique(tokens, return_inverse=True)
+        texts = [self.text(token) for token in distinct.tolist()]
+        return pa.array(texts, pa.string()).take(pa.array(inverse))
 
-
-def _clear(temporary: Path) -> None:
-    """Removes what a killed build left behind; refuses to while another one is running."""
-    if not temporary.exists():
-        return
-    try:
-        import fcntl
-    except ImportError:  # Windows refuses to remove an open file by itself
-        pass
-    else:
-        with temporary.open("r+b") as file:
-            try:
-                # DuckDB holds the same kind of lock on a file that it writes.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise DatabaseError(
-                    f"{temporary}: another process is building this database; wait for it or "
-                    "choose another path"
-                ) from None
-    temporary.unlink()
-    temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
+    def text(self, token: int) -> str | None:
+        """A token's text."""
+        if self._decode is None:
+            return None
+        if token not in self._texts:
+            text = self._decode(token)
+            if not isinstance(text, str):
+                raise TypeError(f"decode({token}) gave a {type(text).__name__}; expected a str")
+            # Half of a surrogate pair can't be stored as UTF-8.
+            self._texts[token] = text.encode("utf-8", "replace").decode("utf-8")
+        return self._texts[token]
 
 
 class _Builder:
     """Fills the tables; the methods are called in the order in which they stand."""
 
-    def __init__(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        codes: CodeShards,
-        examples: Examples,
-        decode: Decode | None,
-    ) -> None:
-        self._connection = connection
+    def __init__(self, file: NewFile, codes: CodeShards, texts: _Texts, plan: Plan) -> None:
+        self._file = file
+        self._connection = file.connection
         self._codes = codes
-        self._examples = examples
-        self._decode = decode
-        self._texts: dict[int, str | None] = {}
-        # The place of every row that is an example.
-        kept = examples.rows.numpy()
-        self._example_rows: NDArray[np.int64] = np.unique(kept[kept >= 0])
-        self._example_sequence = np.zeros(len(self._example_rows), dtype=np.int64)
-        self._example_position = np.zeros(len(self._example_rows), dtype=np.int32)
-        # By segment (the last one: unknown): tokens, and activations of each feature.
-        self._segment_tokens = np.zeros(len(SEGMENTS) + 1, dtype=np.int64)
-        self._segment_counts = np.zeros((len(SEGMENTS) + 1, codes.d_sae), dtype=np.int64)
+        self._texts = texts
+        self._plan = plan
+        self._shards = shards_of(codes)
+        self._places: TokenPlaces
+        self._counts: NDArray[np.uint64]
+        self._clusters: Clusters
 
     # -- tokens ---------------------------------------------------------------------------------
 
-    def load_tokens(self, advance: Callable[[float], None]) -> None:
-        """Fills ``tokens``, and notes where the examples' rows are."""
-        schema = {
-            "sequence_id": pa.int64(),
-            "token_idx": pa.int32(),
-            "token": pa.int32(),
-            "decoded_token": pa.string(),
-            "segment": pa.string(),
-        }
-        with ArrowStream(self._connection, schema, self._token_batches(advance)) as name:
-            execute(
-                self._connection,
-                f"INSERT INTO tokens SELECT * FROM {name} ORDER BY sequence_id, token_idx",
+    def load_tokens(self) -> None:
+        """Fills ``tokens``, ``segments`` and ``positions``."""
+        self._places = places = places_of(self._codes, self._file.folder / "places")
+        shown = places.tokens[:: -(-len(places.tokens) // _SHOWN_TEXTS) or 1]
+        step = "tokens " + json.dumps([self._texts.text(token) for token in shown.tolist()])
+        if self._file.done(step):
+            return
+        with self._file.step(step, first=True):
+            # There are some if an earlier process had another decode.
+            for table, columns in TABLES.items():
+                execute(self._connection, f"CREATE OR REPLACE TABLE {table} ({columns})")
+            schema = {
+                "sequence_id": pa.int64(),
+                "token_idx": pa.int32(),
+                "token": pa.int32(),
+                "decoded_token": pa.string(),
+                "segment": pa.string(),
+            }
+            with ArrowStream(self._connection, schema, self._token_batches()) as name:
+                execute(self._connection, f"INSERT INTO tokens SELECT * FROM {name}")
+            names = [SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)]
+            self._insert(
+                "segments", {"segment": pa.array(names, pa.string()), "tokens": places.segments}
+            )
+            highs = pa.array([*POSITION_EDGES[1:], None], pa.int64())
+            self._insert(
+                "positions",
+                {
+                    "bin": np.arange(len(POSITION_EDGES), dtype=np.int32),
+                    "low": np.array(POSITION_EDGES, dtype=np.int64),
+                    "high": highs,
+                    "tokens": places.positions,
+                },
             )
 
-    def _token_batches(self, advance: Callable[[float], None]) -> Iterator[list[pa.Array]]:
-        names = pa.array([SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)])
-        for start, batch in self._batches():
-            self._require_places(start, batch)
-            sequence, position = batch.sequence_id.numpy(), batch.position.numpy()
-            low, high = np.searchsorted(self._example_rows, [start, start + len(batch)])
-            rows = self._example_rows[low:high] - start
-            self._example_sequence[low:high] = sequence[rows]
-            self._example_position[low:high] = position[rows]
-            segment = _segment_numbers(batch)
-            self._segment_tokens += np.bincount(segment, minlength=len(SEGMENTS) + 1)
+    def _token_batches(self) -> Iterator[list[pa.Array]]:
+        names = pa.array([SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)], pa.string())
+        records = self._places.records()
+        for start in range(0, len(records), _ROWS):
+            part = records[start : start + _ROWS]
+            token = np.ascontiguousarray(part["token"])
             yield [
-                pa.array(sequence),
-                pa.array(position),
-                pa.array(batch.tokens.numpy()),
-                self._decoded(batch.tokens.numpy()),
-                names.take(pa.array(segment)),
+                pa.array(np.ascontiguousarray(part["sequence"])),
+                pa.array(np.ascontiguousarray(part["position"])),
+                pa.array(token),
+                self._texts.of(token),
+                names.take(pa.array(part["marks"] & 3)),
             ]
-            advance(start + len(batch))
-
-    def _require_places(self, start: int, batch: CodeBatch) -> None:
-        for column in ("tokens", "sequence_id", "position"):
-            unknown = (getattr(batch, column) < 0).numpy()
-            if unknown.any():
-                raise ValueError(
-                    f"{self._codes.folder}: {column} of row {start + int(unknown.argmax())} is "
-                    "unknown; a feature database needs tokens, sequence_id and position of every "
-                    "row (pass them to CodeWriter.write)"
-                )
-
-    def _decoded(self, tokens: NDArray[np.int32]) -> pa.Array:
-        distinct, inverse = np.unique(tokens, return_inverse=True)
-        for token in distinct.tolist():
-            if token not in self._texts:
-                self._texts[token] = self._text(token)
-        return pa.array([self._texts[t] for t in distinct.tolist()], pa.string()).take(
-            pa.array(inverse)
-        )
-
-    def _text(self, token: int) -> str | None:
-        if self._decode is None:
-            return None
-        text = self._decode(token)
-        if not isinstance(text, str):
-            raise TypeError(f"decode({token}) gave a {type(text).__name__}; expected a str")
-        # Half of a surrogate pair can't be stored as UTF-8.
-        return text.encode("utf-8", "replace").decode("utf-8")
-
-    def check_places(self) -> None:
-        """Refuses two tokens at one place: activations would join both."""
-        twice = execute(
-            self._connection,
-            "SELECT sequence_id, token_idx, count(*) FROM tokens GROUP BY ALL HAVING count(*) > 1 "
-            "ORDER BY ALL LIMIT 1",
-        )
-        for sequence, place, rows in twice:
-            raise ValueError(
-                f"{self._codes.folder}: {rows} rows are at position {place} of sequence "
-                f"{sequence}; expected one (give each text that is encoded its own sequence_id)"
-            )
 
     # -- activations ----------------------------------------------------------------------------
 
-    def load_activations(self, advance: Callable[[float], None]) -> None:
-        """Fills ``activations``, and counts them by segment."""
-        schema = {
-            "feature_id": pa.int32(),
-            "sequence_id": pa.int64(),
-            "token_idx": pa.int32(),
-            "strength": pa.float32(),
-        }
-        with ArrowStream(self._connection, schema, self._activation_batches(advance)) as name:
-            execute(
-                self._connection,
-                f"INSERT INTO activations SELECT * FROM {name} "
-                "ORDER BY feature_id, strength DESC, sequence_id, token_idx",
-            )
+    def count(self, examples: Examples | None) -> None:
+        """Counts the activations of each feature."""
+        saved = self._file.folder / "counts.npz"
+        found = load(saved, ["counts"])
+        if found is None:
+            counts = count(self._shards, self._codes.d_sae, self._plan.threads)
+            save(saved, {"counts": counts})
+        else:
+            counts = found["counts"]
+        self._counts = counts
+        if examples is not None:
+            expected = examples.counts.numpy()
+            if not np.array_equal(expected, counts.astype(np.int64)):
+                feature = int(np.argmax(expected != counts.astype(np.int64)))
+                raise ValueError(
+                    f"the examples count {expected[feature]} activations of feature {feature}, the "
+                    f"codes hold {counts[feature]}; collect the examples from these codes"
+                )
 
-    def _activation_batches(self, advance: Callable[[float], None]) -> Iterator[list[pa.Array]]:
-        segments, d_sae = len(SEGMENTS) + 1, self._codes.d_sae
-        for start, batch in self._batches():
-            strength = batch.codes.values.to(torch.float32).numpy()
-            active = strength > 0  # a stored zero is no activation
-            row = batch.codes.row_ids.numpy()[active]
-            feature = batch.codes.indices.numpy()[active]
-            cell = _segment_numbers(batch)[row] * d_sae + feature
-            counts = np.bincount(cell, minlength=segments * d_sae)
-            self._segment_counts += counts.reshape(segments, d_sae)
-            yield [
-                pa.array(feature),
-                pa.array(batch.sequence_id.numpy()[row]),
-                pa.array(batch.position.numpy()[row]),
-                pa.array(strength[active]),
-            ]
-            advance(len(self._codes) + start + len(batch))
-
-    def _batches(self) -> Iterator[tuple[int, CodeBatch]]:
-        start = 0
-        for batch in self._codes.iter_batches(_ROWS):
-            yield start, batch
-            start += len(batch)
-
-    # -- what was counted -----------------------------------------------------------------------
-
-    def load_examples(self) -> None:
-        """Fills ``examples``."""
-        rows = self._examples.rows.numpy()
-        feature, rank = np.nonzero(rows >= 0)
-        place = np.searchsorted(self._example_rows, rows[feature, rank])
-        self._insert(
-            "examples",
-            {
-                "feature_id": feature.astype(np.int32),
-                "rank": (rank + 1).astype(np.int32),
-                "sequence_id": self._example_sequence[place],
-                "token_idx": self._example_position[place],
-                "strength": self._examples.strengths.numpy()[feature, rank],
-            },
+    def load_coactivations(self) -> None:
+        """Fills ``coactivations``."""
+        if self._file.done("coactivations"):
+            return
+        found = partners(
+            self._shards,
+            self._counts,
+            self._plan.keep.coactivations,
+            self._plan.memory // 2,
+            self._plan.threads,
         )
+        with self._file.step("coactivations"):
+            self._insert("coactivations", found)
 
-    def load_features(self) -> None:
-        """Fills ``features``, all but clarity."""
-        examples, counts = self._examples, self._examples.counts.numpy()
-        if not np.array_equal(counts, self._segment_counts.sum(axis=0)):
-            feature = int(np.argmax(counts != self._segment_counts.sum(axis=0)))
-            raise ValueError(
-                f"the examples count {counts[feature]} activations of feature {feature}, the codes "
-                f"hold {self._segment_counts[:, feature].sum()}; collect the examples from these "
-                "codes"
-            )
+    def scatter(self, advance: Advance) -> None:
+        """Brings the activations of each feature together."""
+        bucket_memory = self._plan.memory // 4
+        self._clusters = Clusters(self._file.folder, self._counts, bucket_memory)
+        if self._clusters.added < len(self._shards):
+            self._clusters.add_shards(self._shards, self._places.ranks, self._plan.threads, advance)
+
+    def load_features(self, advance: Advance) -> None:
+        """Fills what is known of each feature from its activations alone."""
+        places = self._places.core()
+        clusters, total = self._clusters, max(1, int(self._counts.sum()))
+        done = 0
+        for bucket in range(clusters.buckets):
+            features = clusters.features(bucket)
+            step = f"features {features.start} to {features.stop}"
+            if not self._file.done(step):
+                tables = clusters.tables(bucket, places, self._plan.keep, self._plan.threads)
+                with self._file.step(step):
+                    self._load_bucket(features, tables)
+            done += int(self._counts[features.start : features.stop].sum())
+            advance(len(self._codes) * done / total)
+
+    def _load_bucket(self, features: range, tables: Tables) -> None:
+        for table in ("activations", "examples", "intervals", "negatives"):
+            self._insert(table, tables[table])
+        lifts = tables["token_lift"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            lift = lifts["share"] / lifts["base"]
+        self._insert(
+            "token_lift", {**lifts, "lift": lift, "decoded_token": self._texts.of(lifts["token"])}
+        )
+        found, size = tables["features"], len(features)
+        counts = self._counts[features.start : features.stop].astype(np.int64)
+        segments = found["segments"].reshape(size, len(SEGMENTS) + 1)
         with np.errstate(invalid="ignore", divide="ignore"):
             # A segment without tokens has no density: NaN, stored as NULL.
-            density = self._segment_counts / self._segment_tokens[:, None]
-            mean = examples.sums.numpy() / counts
-        offsets = np.arange(examples.d_sae + 1, dtype=np.int32) * examples.histogram.shape[1]
+            density = segments / self._places.segments
+            mean = found["sum"] / counts
         columns = {
-            "feature_id": np.arange(examples.d_sae, dtype=np.int32),
+            "feature_id": np.arange(features.start, features.stop, dtype=np.int32),
             "count": counts,
-            "density": examples.densities.numpy(),
+            "density": counts / max(len(self._codes), 1),
             "mean": mean,
-            "max": examples.maxima.numpy(),
-            "histogram": pa.ListArray.from_arrays(offsets, examples.histogram.numpy().ravel()),
-            **{f"density_{name}": density[i] for i, name in SEGMENTS.items()},
-            "clarity": np.full(examples.d_sae, np.nan),
+            "max": found["max"],
+            "histogram": _lists(found["histogram"], size),
+            **{f"density_{name}": density[:, i] for i, name in SEGMENTS.items()},
+            "position_counts": _lists(found["positions"], size),
         }
         self._insert("features", columns)
 
-    def load_meta(self, metadata: Mapping[str, object]) -> None:
+    # -- what was counted -----------------------------------------------------------------------
+
+    def load_neighbours(self, sae: FastSAE) -> None:
+        """Fills ``neighbours``."""
+        if self._file.done("neighbours"):
+            return
+        features, cosines = neighbours(sae, self._plan.neighbours)
+        d_sae, n = features.shape
+        with self._file.step("neighbours"):
+            self._insert(
+                "neighbours",
+                {
+                    "feature_id": np.repeat(np.arange(d_sae, dtype=np.int32), n),
+                    "rank": np.tile(np.arange(1, n + 1, dtype=np.int32), d_sae),
+                    "other_id": features.ravel().astype(np.int32),
+                    "cosine": cosines.ravel(),
+                },
+            )
+
+    def load_meta(self, metadata: Mapping[str, object], sae: FastSAE | None) -> None:
         """Fills ``meta``: what the database is of, then what the caller says."""
+        keep = self._plan.keep
         known: dict[str, object] = {
             "format": FORMAT,
             "version": VERSION,
             "d_sae": self._codes.d_sae,
             "rows": len(self._codes),
-            "examples_per_feature": self._examples.n,
+            "activations": int(self._counts.sum()),
+            "examples_per_feature": keep.examples,
+            "examples_per_sequence": keep.per_sequence,
+            "seed": keep.seed,
             "histogram_edges": histogram_edges().tolist(),
+            "position_edges": list(POSITION_EDGES),
             "codes_fingerprint": self._codes.fingerprint,
             "codes_metadata": self._codes.metadata,
+            "r1sae_fast_version": version("r1sae-fast"),
+            "duckdb_version": duckdb.__version__,
         }
+        if sae is not None:
+            known["sae_checksum"] = checksum(sae)
         entries = {**metadata, **known}
         values = [v if isinstance(v, str) else json.dumps(v, default=str) for v in entries.values()]
         self._insert("meta", {"key": pa.array(list(entries)), "value": pa.array(values)})
 
     def _insert(self, table: str, columns: Mapping[str, Any]) -> None:
-        # NaN becomes NULL.
-        arrays = [
-            column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
-            for column in columns.values()
-        ]
-        schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
-        with ArrowStream(self._connection, schema, iter([arrays])) as name:
-            execute(self._connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
+        insert(self._connection, table, columns)
 
 
-def _segment_numbers(batch: CodeBatch) -> NDArray[np.int64]:
-    """Segments with every unknown one as the number after the last."""
-    numbers: NDArray[np.int64] = batch.segment.numpy().astype(np.int64)
-    return np.minimum(numbers, len(SEGMENTS))
+def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
+    """Appends columns (arrays of NumPy or Arrow) to those of their names. NaN becomes NULL."""
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
+        for column in columns.values()
+    ]
+    schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
+    with ArrowStream(connection, schema, iter([arrays])) as name:
+        execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
+
+
+def _lists(values: NDArray[Any], rows: int) -> pa.Array:
+    """``[rows * n]`` as lists of n."""
+    size = len(values) // max(rows, 1)
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, values)

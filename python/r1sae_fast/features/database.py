@@ -16,7 +16,8 @@ import duckdb
 import pyarrow as pa
 
 from r1sae_fast.errors import DatabaseError
-from r1sae_fast.features.build import Decode, build
+from r1sae_fast.features.build import Decode, Plan, build
+from r1sae_fast.features.clustering import Keep, default_threads, require_memory
 from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
 from r1sae_fast.features.labelled import choose, labellers, labels_of
@@ -31,6 +32,7 @@ from r1sae_fast.features.text import visible
 
 if TYPE_CHECKING:
     from r1sae_fast.examples import Examples
+    from r1sae_fast.sae import FastSAE
     from r1sae_fast.shards import CodeShards
 
 StrPath = str | os.PathLike[str]
@@ -104,23 +106,45 @@ class FeatureDB(Questions):
         decode: Decode | Any | None = None,
         metadata: Mapping[str, object] | None = None,
         *,
+        sae: FastSAE | None = None,
         n: int = 20,
+        per_sequence: int | None = 1,
+        quantiles: int = 5,
+        per_quantile: int = 5,
+        negatives: int = 50,
+        coactivations: int = 20,
+        neighbours: int = 20,
+        seed: int = 0,
+        max_memory: int = 2 << 30,
+        threads: int | None = None,
         overwrite: bool = False,
         progress: bool | None = None,
     ) -> FeatureDB:
         """Builds a database from code shards and opens it.
 
-        Memory is bounded (what must be sorted spills into ``<path>.spill.tmp``); the file is
-        written as ``<path>.tmp`` and renamed, so a build that is stopped leaves the old file.
+        Memory is bounded: activations are sorted by way of ``<path>.work.tmp`` (12 bytes each).
+        The file is written as ``<path>.tmp`` and renamed, so a build that is stopped leaves the
+        old file. After a kill the same call goes on where it was; an error or ctrl-c clears up.
 
         Args:
             path: the file to write.
             codes: code shards with tokens, sequence_id and position of every row, or their folder.
-            examples: of the same codes; collected with ``n`` of each feature if left out.
+            examples: of the same codes, whose counts are compared and whose ``n`` is used.
             decode: token id -> text, or a tokenizer (anything with ``decode([id])``); without it
                 tokens have no text.
             metadata: whatever should be kept in ``meta``; values that are not text become JSON.
-            n: examples of each feature, if they have to be collected.
+            sae: the SAE that made the codes; its checksum is noted, its decoder gives neighbours.
+            n: strongest examples of each feature.
+            per_sequence: at most so many of them from one sequence; None: any number.
+            quantiles: intervals of equal numbers into which a feature's activations are cut.
+            per_quantile: activations drawn from each interval.
+            negatives: random places where the feature is not active, nor near them.
+            coactivations: features that are active with it most of all; 0 saves the time.
+            neighbours: features of nearest decoder directions.
+            seed: decides, with the codes alone, what is drawn.
+            max_memory: bytes that may be used, about; a feature's activations (12 bytes each)
+                must fit into a quarter.
+            threads: at most so many; default: all CPUs. They don't change what is written.
             overwrite: whether a file at ``path`` may be replaced.
             progress: a bar on stderr; default: when stderr is a terminal.
 
@@ -129,9 +153,8 @@ class FeatureDB(Questions):
             DatabaseError: another build of the same file is running, this process has the file
                 open (close it first), or the disk or memory is full (the old file stays).
             ValueError: examples of other codes; codes whose rows don't say what token they are, or
-                two rows at the same place.
+                two rows at the same place; a number out of range.
         """
-        from r1sae_fast.examples import collect_examples
         from r1sae_fast.shards import CodeShards
 
         path = Path(path)
@@ -143,9 +166,17 @@ class FeatureDB(Questions):
             raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
         if not isinstance(codes, CodeShards):
             codes = CodeShards(codes)
-        if examples is None:
-            examples = collect_examples(codes, n, progress=progress)
-        build(path, codes, examples, _decoder(decode), metadata or {}, progress)
+        keep = Keep(
+            examples=n if examples is None else examples.n,
+            per_sequence=0 if per_sequence is None else per_sequence,
+            quantiles=quantiles,
+            per_quantile=per_quantile,
+            negatives=negatives,
+            coactivations=coactivations,
+            seed=seed,
+        )
+        plan = Plan(keep, neighbours, require_memory(max_memory), default_threads(threads))
+        build(path, codes, examples, _decoder(decode), sae, metadata or {}, plan, progress)
         return cls(path)
 
     # -- what it holds --------------------------------------------------------------------------

@@ -37,8 +37,7 @@ MODEL_NAME = "statistics"
 PROMPT_VERSION = "token-lift-1"
 """``autointerp.prompt_version`` of these labels: the name of the method."""
 
-SHRINKAGE = 4.0
-_KEPT_TOKENS = 10  # of each feature and offset, in token_lift
+SHRINKAGE = 4.0  # as in the core, which counts tokens (rust/core/src/clusters/tokens.rs)
 _NAMED_TOKENS = 3  # at most so many in a label
 _MIN_COUNT = 5  # with fewer activations a label would be chance
 _MIN_SHARE = 0.1  # (weighted) of a token, to be named after the first
@@ -91,8 +90,8 @@ class Statistics:
 
 
 def add_labels(connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int) -> None:
-    """Fills ``token_lift``, the statistical part of ``autointerp``, and ``features.clarity``."""
-    _fill_token_lift(connection)
+    """From ``token_lift``: the statistical part of ``autointerp``, and ``features.clarity``."""
+    execute(connection, "DELETE FROM autointerp WHERE model_name = ?", [MODEL_NAME])
     labels = list(_labels(connection, rows, d_sae))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
@@ -176,79 +175,6 @@ def _segment_phrase(segments: tuple[tuple[str, float, float], ...]) -> str:
         if share >= _SEGMENT_SHARE and lift >= _SEGMENT_LIFT:
             return f"; {share:.0%} in the {name} (lift {_times(lift)})"
     return ""
-
-
-def _fill_token_lift(connection: duckdb.DuckDBPyConnection) -> None:
-    # Neighbours are neighbours only where the places follow each other: texts may have gaps.
-    execute(
-        connection,
-        """
-        CREATE TEMP TABLE context AS
-        SELECT sequence_id, token_idx, token AS here,
-               CASE WHEN lag(token_idx) OVER w = token_idx - 1 THEN lag(token) OVER w END AS before,
-               CASE WHEN lead(token_idx) OVER w = token_idx + 1 THEN lead(token) OVER w END AS after
-        FROM tokens WINDOW w AS (PARTITION BY sequence_id ORDER BY token_idx)""",
-    )
-    execute(
-        connection,
-        "CREATE TEMP TABLE pairs (feature_id INTEGER, token_offset INTEGER, "
-        "token INTEGER, count BIGINT, weight HUGEINT)",
-    )
-    execute(
-        connection, "CREATE TEMP TABLE bases (token_offset INTEGER, token INTEGER, base DOUBLE)"
-    )
-    for offset, column in ((-1, "before"), (0, "here"), (1, "after")):
-        # Strengths as integers relative to the feature's largest: sums of integers don't depend
-        # on the order in which threads add them, so the choice of tokens doesn't either.
-        execute(
-            connection,
-            f"""
-            INSERT INTO pairs
-            SELECT a.feature_id, {offset}, c.{column}, count(*),
-                   sum(CAST(round(a.strength::DOUBLE / f.max * 1073741824) AS BIGINT))
-            FROM activations a
-            JOIN context c USING (sequence_id, token_idx)
-            JOIN features f ON f.feature_id = a.feature_id
-            WHERE c.{column} IS NOT NULL
-            GROUP BY ALL""",
-        )
-        execute(
-            connection,
-            f"""
-            INSERT INTO bases
-            SELECT {offset}, {column}, count(*) / sum(count(*)) OVER ()
-            FROM context WHERE {column} IS NOT NULL GROUP BY ALL""",
-        )
-    execute(
-        connection,
-        f"""
-        INSERT INTO token_lift
-        WITH shares AS (
-            SELECT p.feature_id, p.token_offset, p.token, p.count, b.base,
-                   sum(p.count) OVER w AS total,
-                   p.count / total AS share,
-                   p.weight::DOUBLE / (sum(p.weight) OVER w)::DOUBLE AS weighted_share,
-                   (weighted_share * total + {SHRINKAGE} * b.base) / (total + {SHRINKAGE}) AS shrunk
-            FROM pairs p JOIN bases b USING (token_offset, token)
-            WINDOW w AS (PARTITION BY p.feature_id, p.token_offset)
-        ),
-        ranked AS (
-            SELECT *, shrunk * log2(shrunk / base) AS score,
-                   row_number() OVER (
-                       PARTITION BY feature_id, token_offset ORDER BY score DESC, token) AS rank
-            FROM shares
-        ),
-        texts AS (
-            SELECT token, any_value(decoded_token) AS decoded_token FROM tokens GROUP BY token
-        )
-        SELECT feature_id, token_offset, rank, token, decoded_token, count, share, weighted_share,
-               base, share / base, score
-        FROM ranked LEFT JOIN texts USING (token)
-        WHERE rank <= {_KEPT_TOKENS}
-        ORDER BY feature_id, token_offset, rank""",
-    )
-    for table in ("context", "pairs", "bases"):
-        execute(connection, f"DROP TABLE {table}")
 
 
 def _labels(
