@@ -167,7 +167,7 @@ impl ExampleAccumulator {
             let sums: Vec<u64> = accumulator.sums().iter().flat_map(halves).collect();
             (
                 accumulator.examples(),
-                accumulator.histogram().to_vec(),
+                accumulator.histogram(),
                 sums,
                 accumulator.samples(),
             )

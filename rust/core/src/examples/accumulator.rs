@@ -1,8 +1,8 @@
 //! Everything that is kept of each feature.
 
-use super::heap::TopHeaps;
 use super::histogram::BINS;
-use super::samples::{Samples, MAX_PER_BIN};
+use super::kept::Kept;
+use super::samples::MAX_PER_BIN;
 use super::scan::Scan;
 use crate::simd::Simd;
 use crate::{Error, Result};
@@ -12,18 +12,13 @@ const MAX_N: usize = 65_535;
 
 /// Strongest rows, samples, histogram and sum of strengths of every feature.
 ///
-/// Memory: `d_sae * (12 n + 8 BINS + 24)` bytes and `12 samples + 5` for each bin of a feature
-/// that has been active, however many rows are added; and for each thread that adds,
-/// `d_sae * (12 n + 2 BINS + 56)` bytes besides its own samples.
-#[derive(Debug, Clone)]
+/// Memory: `d_sae * (12 n + 8 BINS + 24)` bytes and `16 samples + 5` for each bin of a feature
+/// that has been active, however many rows are added; up to as much again while a large batch is
+/// added, which must be all or nothing; and for each thread that adds `136 d_sae` bytes and 2 KB of
+/// activations put aside for every 128 features.
+#[derive(Debug)]
 pub struct Accumulator {
-    d_sae: usize,
-    pub(super) heaps: TopHeaps,
-    /// `[d_sae, BINS]`; a feature's bins add up to its count.
-    pub(super) histogram: Vec<u64>,
-    /// `[d_sae]`, in units of 2^-64 (see [`super::sum`]).
-    pub(super) sums: Vec<u128>,
-    pub(super) samples: Samples,
+    pub(super) kept: Kept,
     /// How many rows were scanned, those without codes too.
     pub(super) scanned: u64,
     /// What threads work on, kept from one call to the next.
@@ -46,7 +41,7 @@ pub struct Keep {
 impl Accumulator {
     /// One that has seen no rows.
     pub fn new(d_sae: usize, keep: Keep) -> Result<Self> {
-        let Keep { n, samples, seed } = keep;
+        let Keep { n, samples, .. } = keep;
         if n == 0 || n > MAX_N {
             return Err(Error::InvalidArgument(format!(
                 "n, the examples kept of each feature, must lie in 1..={MAX_N}, found {n}"
@@ -73,11 +68,7 @@ impl Accumulator {
             )));
         }
         Ok(Self {
-            d_sae,
-            heaps: TopHeaps::new(d_sae, n),
-            histogram: vec![0; d_sae * BINS],
-            sums: vec![0; d_sae],
-            samples: Samples::new(d_sae, samples, seed),
+            kept: Kept::new(d_sae, keep),
             scanned: 0,
             scans: Vec::new(),
             unsettled: false,
@@ -86,21 +77,17 @@ impl Accumulator {
 
     /// How many features.
     pub fn d_sae(&self) -> usize {
-        self.d_sae
+        self.kept.d_sae()
     }
 
     /// Slots of each feature.
     pub fn n(&self) -> usize {
-        self.heaps.n()
+        self.keep().n
     }
 
     /// What is kept.
     pub fn keep(&self) -> Keep {
-        Keep {
-            n: self.n(),
-            samples: self.samples.per_bin(),
-            seed: self.samples.ranking().seed,
-        }
+        self.kept.keep()
     }
 
     /// How many rows were scanned, those without codes too.
@@ -112,26 +99,49 @@ impl Accumulator {
     /// unused slots hold 0 and -1.
     pub fn examples(&mut self) -> (Vec<f32>, Vec<i64>) {
         self.settle();
-        self.heaps.sorted()
+        let slots = self.d_sae() * self.n();
+        let mut found = (Vec::with_capacity(slots), Vec::with_capacity(slots));
+        for block in self.kept.each() {
+            let (strengths, rows) = block.heaps.sorted();
+            found.0.extend(strengths);
+            found.1.extend(rows);
+        }
+        found
     }
 
     /// `[d_sae, BINS]` counts; see [`super::histogram::edges`].
-    pub fn histogram(&mut self) -> &[u64] {
+    pub fn histogram(&mut self) -> Vec<u64> {
         self.settle();
-        &self.histogram
+        let mut found = Vec::with_capacity(self.d_sae() * BINS);
+        for block in self.kept.each() {
+            found.extend_from_slice(&block.histogram);
+        }
+        found
     }
 
     /// `[d_sae]` sums of strengths in units of 2^-64.
-    pub fn sums(&mut self) -> &[u128] {
+    pub fn sums(&mut self) -> Vec<u128> {
         self.settle();
-        &self.sums
+        let mut found = Vec::with_capacity(self.d_sae());
+        for block in self.kept.each() {
+            found.extend_from_slice(&block.sums);
+        }
+        found
     }
 
     /// The sampled rows: `[d_sae + 1]` offsets, and strengths and rows of each feature by rising
     /// bin, within a bin in the order of their rank.
     pub fn samples(&mut self) -> (Vec<i64>, Vec<f32>, Vec<i64>) {
         self.settle();
-        self.samples.sorted(self.d_sae)
+        let mut found = (vec![0], Vec::new(), Vec::new());
+        for block in self.kept.each() {
+            let (offsets, strengths, rows) = block.samples.sorted(block.sums.len());
+            let before = found.1.len() as i64;
+            found.0.extend(offsets[1..].iter().map(|end| before + end));
+            found.1.extend(strengths);
+            found.2.extend(rows);
+        }
+        found
     }
 
     /// As many scans as threads, for work that may fail: they are taken out, and only
@@ -149,21 +159,25 @@ impl Accumulator {
         Ok(scans)
     }
 
-    /// The counterpart of [`Accumulator::take_scans`].
-    pub(super) fn put_back(&mut self, scans: Vec<Scan>) {
+    /// The counterpart of [`Accumulator::take_scans`]: the scans, settled with `kept`, and what
+    /// that holds now.
+    pub(super) fn put_back(&mut self, scans: Vec<Scan>, mut kept: Kept) {
+        self.kept.merge(&mut kept, scans.len().max(1));
         self.scans = scans;
-        self.unsettled = true;
-        self.settle();
     }
 
-    /// A scan for work that can't fail; it is settled when something is asked for.
-    pub(super) fn scan(&mut self, base: impl FnOnce() -> usize) -> Result<Option<&mut Scan>> {
+    /// A scan for work that can't fail, and what it adds to; it is settled when something is asked
+    /// for.
+    pub(super) fn scan(
+        &mut self,
+        base: impl FnOnce() -> usize,
+    ) -> Result<(Option<&mut Scan>, &Kept)> {
         self.make_scans(1, base)?;
         self.unsettled = true;
-        Ok(self.scans.first_mut())
+        Ok((self.scans.first_mut(), &self.kept))
     }
 
-    /// For when the heaps or samples have changed by other ways than the scans.
+    /// For when what is kept has changed by other ways than the scans.
     pub(super) fn forget_scans(&mut self) {
         self.scans.clear();
     }
@@ -179,53 +193,18 @@ impl Accumulator {
             None => base(),
         };
         while self.scans.len() < threads {
-            let Keep { n, samples, seed } = self.keep();
-            let (heaps, samples) = (
-                TopHeaps::new(self.d_sae, n),
-                Samples::new(self.d_sae, samples, seed),
-            );
-            let mut scan = Scan::new(simd, self.d_sae, heaps, samples, base);
-            for feature in 0..self.d_sae {
-                scan.set_floor(feature, self.heaps.floor(feature));
-            }
-            for &cell in self.samples.cells() {
-                scan.set_level(cell as usize, self.samples.level(cell as usize));
-            }
-            self.scans.push(scan);
+            self.scans.push(Scan::new(simd, &mut self.kept, base));
         }
         Ok(())
     }
 
     /// Makes what the scans have counted a part of this.
     pub(super) fn settle(&mut self) {
-        if !self.unsettled {
-            return;
-        }
-        let mut sampled = Vec::new();
-        for scan in &mut self.scans {
-            scan.settle(&mut self.histogram, &mut self.sums);
-            let rare = scan.rare();
-            for feature in 0..self.d_sae {
-                if !rare.heaps.is_empty(feature) {
-                    for (strength, row) in rare.heaps.entries(feature) {
-                        self.heaps.offer(feature, strength, row);
-                    }
-                    rare.heaps.clear(feature);
-                }
+        if self.unsettled {
+            for scan in &mut self.scans {
+                scan.settle(&self.kept);
             }
-            self.samples.merge(&rare.samples);
-            sampled.extend_from_slice(rare.samples.cells());
-            rare.samples.clear();
+            self.unsettled = false;
         }
-        // The next activations need not look at what can't enter any more.
-        for scan in &mut self.scans {
-            for feature in 0..self.d_sae {
-                scan.set_floor(feature, self.heaps.floor(feature));
-            }
-            for &cell in &sampled {
-                scan.set_level(cell as usize, self.samples.level(cell as usize));
-            }
-        }
-        self.unsettled = false;
     }
 }

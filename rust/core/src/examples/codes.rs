@@ -1,5 +1,9 @@
 //! Sparse codes as slices, and the checks that make them safe to scan.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m512i, _mm256_loadu_si256, _mm512_cvtepu16_epi32, _mm512_loadu_si512, _mm512_slli_epi32,
+};
 use std::ops::Range;
 use std::path::Path;
 
@@ -10,12 +14,27 @@ use crate::{Error, Result};
 pub(super) trait Index: Copy + Sync {
     /// At most `u32::MAX`.
     fn feature(self) -> usize;
+
+    /// 16 ids, as 32-bit numbers.
+    ///
+    /// # Safety
+    /// There are as many at `from`, and the CPU has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(from: *const Self) -> __m512i;
 }
 
 impl Index for u16 {
     #[inline]
     fn feature(self) -> usize {
         usize::from(self)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const Self) -> __m512i {
+        // SAFETY: the caller vouches for 16 numbers, 256 bits.
+        _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) })
     }
 }
 
@@ -24,12 +43,27 @@ impl Index for u32 {
     fn feature(self) -> usize {
         self as usize
     }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const Self) -> __m512i {
+        // SAFETY: the caller vouches for 16 numbers, 512 bits.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
 }
 
 /// A stored strength.
 pub(super) trait Value: Copy + Sync {
     /// The bits of the strength as an f32.
     fn bits(self) -> u32;
+
+    /// The bits of 16 strengths.
+    ///
+    /// # Safety
+    /// There are as many at `from`, and the CPU has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load(from: *const Self) -> __m512i;
 
     #[inline]
     fn strength(self) -> f32 {
@@ -42,6 +76,14 @@ impl Value for f32 {
     fn bits(self) -> u32 {
         self.to_bits()
     }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const Self) -> __m512i {
+        // SAFETY: the caller vouches for 16 numbers, 512 bits.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
 }
 
 impl Value for u16 {
@@ -49,6 +91,15 @@ impl Value for u16 {
     #[inline]
     fn bits(self) -> u32 {
         u32::from(self) << 16
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn load(from: *const Self) -> __m512i {
+        // SAFETY: the caller vouches for 16 numbers, 256 bits.
+        let upper = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(from.cast()) });
+        _mm512_slli_epi32::<16>(upper)
     }
 }
 

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::accumulator::Accumulator;
 use super::codes::{CodesView, Seen};
 use super::histogram::{bin_of, BINS};
+use super::kept::Kept;
+use super::scan::Scan;
 use super::stage::WINDOW;
 use crate::shard::{CodeShardReader, Values};
 use crate::{Cancel, Result};
@@ -55,10 +57,10 @@ fn add_directly(
         }
     }
     let base = || views.iter().map(usual_bins).max().unwrap_or_default().1;
-    if let Some(scan) = accumulator.scan(base)? {
+    if let (Some(scan), kept) = accumulator.scan(base)? {
         for view in views {
             // It was checked, so nothing fails; it is short, so nobody cancels it.
-            scan.add(view, 0..view.rows(), &Cancel::new())?;
+            scan.add(view, 0..view.rows(), kept, &Cancel::new())?;
         }
     }
     accumulator.scanned += views.iter().map(|view| view.rows() as u64).sum::<u64>();
@@ -78,8 +80,8 @@ fn collect_on(
         .flat_map(|(part, view)| cut(part, view.rows()))
         .collect();
     let base = || views.iter().map(usual_bins).max().unwrap_or_default().1;
-    run(accumulator, &units, threads, base, |scan, unit| {
-        scan.add(&views[unit.part], unit.rows.clone(), cancel)
+    run(accumulator, &units, threads, base, |scan, kept, unit| {
+        scan.add(&views[unit.part], unit.rows.clone(), kept, cancel)
     })
 }
 
@@ -121,12 +123,12 @@ pub fn collect_shards(
         }
     };
     let threads = threads.clamp(1, units.len().max(1));
-    run(accumulator, &units, threads, base, |scan, unit| {
+    run(accumulator, &units, threads, base, |scan, kept, unit| {
         cancel.check()?;
         let shard = shards.get(unit.part)?;
         shards.fetch(unit.part + 1);
         let view = CodesView::of_shard(&shard, files[unit.part].first_row)?;
-        scan.add(&view, unit.rows.clone(), cancel)?;
+        scan.add(&view, unit.rows.clone(), kept, cancel)?;
         shards.done(unit.part);
         Ok(())
     })
@@ -154,18 +156,22 @@ fn run(
     units: &[Unit],
     threads: usize,
     base: impl FnOnce() -> usize,
-    scan_unit: impl Fn(&mut super::scan::Scan, &Unit) -> Result<()> + Sync,
+    scan_unit: impl Fn(&mut Scan, &Kept, &Unit) -> Result<()> + Sync,
 ) -> Result<()> {
     let mut scans = accumulator.take_scans(threads, base)?;
+    // Apart from what was there before, which an error leaves as it was.
+    let kept = Kept::new(accumulator.d_sae(), accumulator.keep());
     let next = AtomicUsize::new(0);
-    let work = |scan: &mut super::scan::Scan| -> Result<()> {
+    let work = |scan: &mut Scan| -> Result<()> {
         while let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = scan_unit(scan, unit) {
+            if let Err(error) = scan_unit(scan, &kept, unit) {
                 // The others need not finish what will be thrown away.
                 next.store(units.len(), Ordering::Relaxed);
                 return Err(error);
             }
+            scan.adapt(&kept);
         }
+        scan.settle(&kept);
         Ok(())
     };
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
@@ -183,7 +189,7 @@ fn run(
         results
     });
     results.into_iter().collect::<Result<()>>()?;
-    accumulator.put_back(scans);
+    accumulator.put_back(scans, kept);
     accumulator.scanned += units.iter().map(|unit| unit.rows.len() as u64).sum::<u64>();
     Ok(())
 }
@@ -341,29 +347,37 @@ mod tests {
     const SEED: u64 = 5;
 
     fn accumulator(n: usize) -> Accumulator {
+        accumulator_of(D_SAE, n)
+    }
+
+    fn accumulator_of(d_sae: usize, n: usize) -> Accumulator {
         let keep = Keep {
             n,
             samples: SAMPLES,
             seed: SEED,
         };
-        Accumulator::new(D_SAE, keep).unwrap()
+        Accumulator::new(d_sae, keep).unwrap()
     }
 
     fn parts(accumulator: &mut Accumulator) -> Found {
         (
             accumulator.examples(),
-            accumulator.histogram().to_vec(),
-            accumulator.sums().to_vec(),
+            accumulator.histogram(),
+            accumulator.sums(),
             accumulator.samples(),
             accumulator.scanned(),
         )
     }
 
-    /// Sorts everything; keeps nothing bounded.
     fn naive(rows: &[Vec<(u32, f32)>], n: usize) -> Found {
-        let mut all: Vec<Vec<(f32, i64)>> = vec![vec![]; D_SAE];
-        let mut histogram = vec![0; D_SAE * BINS];
-        let mut sums = vec![0; D_SAE];
+        naive_of(D_SAE, rows, n)
+    }
+
+    /// Sorts everything; keeps nothing bounded.
+    fn naive_of(d_sae: usize, rows: &[Vec<(u32, f32)>], n: usize) -> Found {
+        let mut all: Vec<Vec<(f32, i64)>> = vec![vec![]; d_sae];
+        let mut histogram = vec![0; d_sae * BINS];
+        let mut sums = vec![0; d_sae];
         for (codes, row) in rows.iter().zip(0..) {
             for &(feature, strength) in codes.iter().filter(|code| code.1 != 0.0) {
                 let feature = feature as usize;
@@ -470,6 +484,52 @@ mod tests {
             prop_assert_eq!(parts(&mut restored(&mut merged)), expected.clone());
             prop_assert_eq!(parts(&mut merged), expected);
         }
+    }
+
+    #[test]
+    fn long_runs_close_cells_and_overflow_counters() {
+        // Two blocks of features; one that is always active, with one strength more often than a
+        // second count holds, and more rows than stamps. The others are ever rarer.
+        let d_sae = 150;
+        let row = |row: u32| {
+            let strength = |salt: u32| {
+                let mixed = (row ^ salt << 20).wrapping_mul(0x9e37_79b9);
+                (1.0 + (mixed >> 27) as f32) * 0.125
+            };
+            let mut codes = vec![(149, if row.is_multiple_of(64) { 1e6 } else { 1.5 })];
+            for (feature, every) in [(0, 2), (1, 16), (127, 100), (128, 3000)] {
+                if row.is_multiple_of(every) {
+                    codes.push((feature, strength(feature)));
+                }
+            }
+            codes
+        };
+        let rows: Vec<_> = (0..70_000).map(row).collect();
+        let half = rows.len() / 2;
+        let owned = [
+            Owned::new(&rows[..half], 0),
+            Owned::new(&rows[half..], half as i64),
+        ];
+        let expected = naive_of(d_sae, &rows, 3);
+        for threads in [1, 2] {
+            let mut at_once = accumulator_of(d_sae, 3);
+            let views = owned.each_ref().map(Owned::view);
+            collect_on(&mut at_once, &views, threads, &Cancel::new()).unwrap();
+            assert!(parts(&mut at_once) == expected, "{threads} threads");
+            let mut in_turn = accumulator_of(d_sae, 3);
+            for view in views {
+                collect_on(&mut in_turn, &[view], threads, &Cancel::new()).unwrap();
+            }
+            assert!(
+                parts(&mut in_turn) == expected,
+                "{threads} threads, in turn"
+            );
+        }
+        let mut directly = accumulator_of(d_sae, 3);
+        for one in &owned {
+            collect(&mut directly, &[one.view()], 1, &Cancel::new()).unwrap();
+        }
+        assert!(parts(&mut directly) == expected, "without threads");
     }
 
     fn message(rows: &[Vec<(u32, f32)>], threads: usize) -> String {

@@ -73,12 +73,6 @@ impl TopHeaps {
         fetch(&self.rows, start + self.n - 1);
     }
 
-    /// Forgets a feature's entries.
-    pub(super) fn clear(&mut self, feature: usize) {
-        self.filled[feature] = 0;
-        self.floors[feature] = 0.0;
-    }
-
     /// [`TopHeaps::offer`] of what is known to reach the floor.
     #[cold]
     fn insert(&mut self, feature: usize, entry: (f32, i64)) {

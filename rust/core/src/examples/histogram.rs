@@ -10,25 +10,29 @@ const HIGHEST: i32 = 12;
 pub const BINS: usize = (HIGHEST - LOWEST) as usize * PER_OCTAVE;
 
 const MANTISSA_BITS: u32 = 23;
-const MANTISSA: u32 = (1 << MANTISSA_BITS) - 1;
+pub(super) const MANTISSA: u32 = (1 << MANTISSA_BITS) - 1;
 /// Mantissas of 2^(1/4), 2^(2/4) and 2^(3/4) rounded to f32.
-const QUARTERS: [u32; PER_OCTAVE - 1] = [0x18_37f0, 0x35_04f3, 0x57_44fd];
+pub(super) const QUARTERS: [u32; PER_OCTAVE - 1] = [0x18_37f0, 0x35_04f3, 0x57_44fd];
 /// The count of quarter octaves between the smallest exponent and the first edge.
-const OFFSET: i32 = (127 + LOWEST) * PER_OCTAVE as i32;
+pub(super) const OFFSET: i32 = (127 + LOWEST) * PER_OCTAVE as i32;
 
 /// The bin of a strength, which must be positive and finite: bin `i` holds
 /// `edges()[i] <= strength < edges()[i + 1]`, but for the first and the last,
 /// which hold what lies outside too.
 #[inline]
 pub fn bin_of(strength: f32) -> usize {
-    let bits = strength.to_bits();
+    unbounded_bin_of(strength.to_bits()).clamp(0, BINS as i32 - 1) as usize
+}
+
+/// [`bin_of`] of a strength given by its bits, if there were bins without end.
+#[inline(always)]
+pub(super) fn unbounded_bin_of(bits: u32) -> i32 {
     let mantissa = bits & MANTISSA;
     let quarter: u32 = QUARTERS
         .iter()
         .map(|&edge| u32::from(mantissa >= edge))
         .sum();
-    let raw = ((bits >> MANTISSA_BITS) * PER_OCTAVE as u32 + quarter) as i32;
-    (raw - OFFSET).clamp(0, BINS as i32 - 1) as usize
+    ((bits >> MANTISSA_BITS) * PER_OCTAVE as u32 + quarter) as i32 - OFFSET
 }
 
 /// The exponent of a bin's lower edge, rounded down.

@@ -3,6 +3,7 @@
 use super::accumulator::{Accumulator, Keep};
 use super::heap::UNUSED;
 use super::histogram::{bin_of, BINS};
+use super::kept::BLOCK;
 use crate::{Error, Result};
 
 /// What is saved of an [`Accumulator`].
@@ -33,18 +34,7 @@ impl Accumulator {
         self.check_same_size(other)?;
         self.settle();
         other.settle();
-        for feature in 0..self.d_sae() {
-            for (strength, row) in other.heaps.entries(feature) {
-                self.heaps.offer(feature, strength, row);
-            }
-        }
-        for (mine, theirs) in self.histogram.iter_mut().zip(&other.histogram) {
-            *mine += theirs;
-        }
-        for (mine, theirs) in self.sums.iter_mut().zip(&other.sums) {
-            *mine = mine.saturating_add(*theirs);
-        }
-        self.samples.merge(&other.samples);
+        self.kept.merge_all(&mut other.kept);
         self.scanned += other.scanned;
         self.forget_scans();
         Ok(())
@@ -95,9 +85,12 @@ impl Accumulator {
                  histogram bins, sums, sample offsets and sample strengths, found {sizes:?}"
             )));
         }
-        made.histogram.copy_from_slice(parts.histogram);
-        made.sums.copy_from_slice(parts.sums);
         made.scanned = parts.scanned;
+        let counts = parts.histogram.chunks(BLOCK * BINS);
+        for (block, (counts, sums)) in made.kept.each().zip(counts.zip(parts.sums.chunks(BLOCK))) {
+            block.histogram.copy_from_slice(counts);
+            block.sums.copy_from_slice(sums);
+        }
         for feature in 0..d_sae {
             made.restore(feature, parts).map_err(|problem| {
                 Error::InvalidArgument(format!(
@@ -121,8 +114,8 @@ impl Accumulator {
             _ => return Err(format!("its samples span {}..{}", ends[0], ends[1])),
         };
         let strengths = &parts.sample_strengths[span.clone()];
-        self.samples
-            .restore(feature, strengths, &parts.sample_rows[span], bins)
+        let samples = &mut self.kept.of(feature).samples;
+        samples.restore(feature % BLOCK, strengths, &parts.sample_rows[span], bins)
     }
 
     fn restore_heap(
@@ -138,6 +131,8 @@ impl Accumulator {
         let mut seen = [0u64; BINS];
         let mut previous: Option<(f32, i64)> = None;
         let mut used = 0;
+        let n = self.n() as u64;
+        let heaps = &mut self.kept.of(feature).heaps;
         for (slot, entry) in entries.enumerate() {
             let (strength, row) = entry;
             if entry == UNUSED {
@@ -157,11 +152,11 @@ impl Accumulator {
                 return Err(format!("slot {slot} is out of order"));
             }
             seen[bin_of(strength)] += 1;
-            self.heaps.offer(feature, strength, row);
+            heaps.offer(feature % BLOCK, strength, row);
             previous = Some(entry);
             used += 1;
         }
-        if used as u64 != count.min(self.n() as u64) {
+        if used as u64 != count.min(n) {
             return Err(format!(
                 "it was active {count} times but {used} examples are kept"
             ));

@@ -12,6 +12,7 @@ pub mod codes;
 pub mod collect;
 pub mod heap;
 pub mod histogram;
+mod kept;
 pub mod merge;
 pub mod samples;
 mod scan;

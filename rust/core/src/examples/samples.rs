@@ -153,18 +153,6 @@ impl Samples {
         }
     }
 
-    /// Forgets everything, and gives back what a first, unfiltered pass has taken.
-    pub(super) fn clear(&mut self) {
-        for &cell in &self.cells {
-            self.slots[cell as usize] = 0;
-        }
-        let keep = 1 << 16;
-        self.cells.clear();
-        self.cells.shrink_to(keep);
-        self.held.clear();
-        self.held.shrink_to(keep);
-    }
-
     /// `[features + 1]` offsets, and strengths and rows of each feature by rising bin, in a bin by
     /// rising rank.
     pub fn sorted(&self, features: usize) -> (Vec<i64>, Vec<f32>, Vec<i64>) {

@@ -4,34 +4,31 @@
 //! instruction set below; the scalar twin is the same loop for the baseline CPU.
 
 use super::codes::{Index, Value};
-use super::histogram::{self, bin_of, BINS};
+use super::histogram::{self, BINS};
 use crate::simd::{Level, Simd};
 
 /// Codes that are staged at a time: few, so that the CPU fetches the next while it counts these.
 pub(super) const CHUNK: usize = 128;
 
-/// Octaves whose strengths are added up in the lines, and how many of them lie below the window.
-const OCTAVES: u32 = 8;
-const OCTAVES_BELOW: i32 = 1;
 /// The sum is in a line's upper bits.
 pub(super) const SUM_SHIFT: u32 = 16;
-/// So many strengths add up without a carry: each is below 2^24 * 2^7.
-pub(super) const SUM_TERMS: usize = 1 << (u64::BITS - SUM_SHIFT - 24 - (OCTAVES - 1));
+/// So many strengths add up without a carry: each is below 2^24 * 2^5 units, as a window may lie in
+/// six octaves.
+pub(super) const SUM_TERMS: usize = 1 << (u64::BITS - SUM_SHIFT - 24 - 5);
 
-const MANTISSA_BITS: u32 = 23;
-const MANTISSA: u32 = (1 << MANTISSA_BITS) - 1;
+const MANTISSA_BITS: i32 = 23;
 
 /// Where and how the scan counts an activation. Bins `base..base + WINDOW` of feature `f` are at
 /// byte `f * LINE + FIRST` of its memory and after; the byte that follows them stands for all others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     base: u32,
-    /// The biased exponent of the smallest strengths that lines add up.
+    /// The biased exponent of the smallest strengths inside.
     lowest: u32,
 }
 
-/// Neighbouring bins that lie in a feature's line: five octaves, which hold 99% of the strengths of
-/// a trained SAE.
+/// Neighbouring bins that lie in a feature's line: five octaves, which hold 99% of the
+/// strengths of a trained SAE.
 pub(super) const WINDOW: usize = 21;
 /// Bytes of a feature's line.
 pub(super) const LINE: usize = 32;
@@ -47,7 +44,7 @@ impl Layout {
         let exponent = histogram::exponent_of(base);
         Self {
             base: base as u32,
-            lowest: (127 + exponent - OCTAVES_BELOW) as u32,
+            lowest: (127 + exponent) as u32,
         }
     }
 
@@ -56,51 +53,58 @@ impl Layout {
         self.base as usize
     }
 
-    /// A line's sum shifted left by this is in units of 2^-64.
-    pub fn shift(self) -> u32 {
-        // A mantissa's last bit is 2^-23 of the exponent.
-        64 + self.lowest - 127 - MANTISSA_BITS
+    /// A mantissa's last bit is 2^-23 of the exponent: the base-2 logarithm of the smallest unit.
+    fn unit(self) -> i32 {
+        self.lowest as i32 - 127 - MANTISSA_BITS
     }
 
+    /// How many units make 1.
+    fn per_unit(self) -> f64 {
+        f64::from_bits(((1023 - self.unit()) as u64) << (f64::MANTISSA_DIGITS - 1))
+    }
+
+    /// The sum in a line's upper bits in units of 2^-64 (see [`super::sum`]).
+    pub fn fixed(self, line: u64) -> u128 {
+        u128::from(line >> SUM_SHIFT) << (64 + self.unit())
+    }
+
+    /// What a strength inside adds to a line's sum.
     #[inline(always)]
-    fn place(self, feature: u32, bits: u32) -> u32 {
-        let bin = bin_of(f32::from_bits(bits)) as u32;
+    fn term(self, strength: f32) -> u64 {
+        ((f64::from(strength) * self.per_unit()) as u64) << SUM_SHIFT
+    }
+
+    /// A code's place; whether its bin is inside the window. What is smaller than the first bin or
+    /// larger than the last counts as outside.
+    #[inline(always)]
+    fn place(self, feature: u32, bits: u32) -> (u32, bool) {
+        let bin = histogram::unbounded_bin_of(bits) as u32;
         let inside = bin.wrapping_sub(self.base).min(WINDOW as u32);
-        // Clamped bins may hold strengths that the sum can't.
-        let summed = (bits >> MANTISSA_BITS).wrapping_sub(self.lowest) < OCTAVES;
-        let inside = if summed { inside } else { WINDOW as u32 };
-        feature * LINE as u32 + FIRST as u32 + inside
+        let place = feature
+            .wrapping_mul(LINE as u32)
+            .wrapping_add(FIRST as u32 + inside);
+        (place, inside < WINDOW as u32)
     }
-
-    #[inline(always)]
-    fn fixed(self, bits: u32) -> u64 {
-        let shift = (bits >> MANTISSA_BITS).wrapping_sub(self.lowest);
-        let mantissa = u64::from(bits & MANTISSA | 1 << MANTISSA_BITS);
-        let fixed = mantissa << (shift.wrapping_add(SUM_SHIFT) & 63);
-        if shift < OCTAVES {
-            fixed
-        } else {
-            0
-        }
-    }
-}
-
-/// What counting a code needs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Entry {
-    /// From the lowest bit: 32 bits of the place, 16 of the upper half of the strength's bits.
-    pub place: u64,
-    /// What to add to a line's sum: nothing if the place is the one for all other bins.
-    pub sum: u64,
 }
 
 /// Some codes.
 #[derive(Debug, Clone)]
-pub(super) struct Staged(pub [Entry; CHUNK]);
+pub(super) struct Staged {
+    /// Of each the byte that counts it, from the first byte of the lines.
+    pub places: [u32; CHUNK],
+    /// What to add to its line's sum: nothing if its place is the one for all other bins.
+    pub terms: [u64; CHUNK],
+    /// The upper half of the bits of its strength.
+    pub uppers: [u16; CHUNK],
+}
 
 impl Staged {
     pub fn new() -> Self {
-        Self([Entry { place: 0, sum: 0 }; CHUNK])
+        Self {
+            places: [0; CHUNK],
+            terms: [0; CHUNK],
+            uppers: [0; CHUNK],
+        }
     }
 
     /// Stages at most [`CHUNK`] codes. False if one of them is not an ordinary activation (its id
@@ -150,7 +154,72 @@ impl Staged {
         d_sae: usize,
         layout: Layout,
     ) -> bool {
-        self.body(values, indices, d_sae, layout)
+        use std::arch::x86_64::*;
+        const WIDTH: usize = 16;
+        // How many codes ahead the CPU is told to fetch.
+        const FAR: usize = 512;
+        let length = values.len().min(indices.len()).min(CHUNK);
+        let whole = length / WIDTH * WIDTH;
+        let all = |number: u32| _mm512_set1_epi32(number as i32);
+        let last = all(last_feature(d_sae));
+        let [first, second, third] = histogram::QUARTERS.map(all);
+        let zero_bin = all(histogram::OFFSET as u32 + layout.base);
+        let one = all(1);
+        let per_unit = _mm512_set1_pd(layout.per_unit());
+        let magic = _mm512_set1_pd((1_u64 << (f64::MANTISSA_DIGITS - 1)) as f64);
+        let mut sound: __mmask16 = if d_sae > 0 { !0 } else { 0 };
+        for at in (0..whole).step_by(WIDTH) {
+            // The hardware fetches ahead, but not beyond a page.
+            _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(at + FAR).cast());
+            _mm_prefetch::<_MM_HINT_T0>(indices.as_ptr().wrapping_add(at + FAR).cast());
+            // SAFETY: both slices hold WIDTH more numbers from here.
+            let (bits, features) = unsafe {
+                (
+                    V::load(values.as_ptr().add(at)),
+                    I::load(indices.as_ptr().add(at)),
+                )
+            };
+            // Zeros wrap around; negative and infinite strengths are larger to begin with.
+            let most = all(f32::INFINITY.to_bits() - 2);
+            sound = _mm512_mask_cmple_epu32_mask(sound, _mm512_sub_epi32(bits, one), most);
+            sound = _mm512_mask_cmple_epu32_mask(sound, features, last);
+            let mantissa = _mm512_and_si512(bits, all(histogram::MANTISSA));
+            let octave = _mm512_slli_epi32::<2>(_mm512_srli_epi32::<23>(bits));
+            let mut bin = _mm512_sub_epi32(octave, zero_bin);
+            for quarter in [first, second, third] {
+                let beyond = _mm512_cmpge_epu32_mask(mantissa, quarter);
+                bin = _mm512_mask_add_epi32(bin, beyond, bin, one);
+            }
+            let inside = _mm512_cmplt_epu32_mask(bin, all(WINDOW as u32));
+            let bin = _mm512_min_epu32(bin, all(WINDOW as u32));
+            let line = _mm512_slli_epi32::<5>(features);
+            const { assert!(LINE == 1 << 5) };
+            let places = _mm512_add_epi32(_mm512_add_epi32(line, all(FIRST as u32)), bin);
+            let low = _mm512_castps512_ps256(_mm512_castsi512_ps(bits));
+            let high = _mm512_extracti64x4_epi64::<1>(bits);
+            let low = _mm512_maskz_cvtps_pd(inside as __mmask8, low);
+            let high = _mm512_maskz_cvtps_pd((inside >> 8) as __mmask8, _mm256_castsi256_ps(high));
+            // With 2^52 added, a double's mantissa is the integer.
+            let integer = |strengths: __m512d| {
+                let sum = _mm512_add_pd(_mm512_mul_pd(strengths, per_unit), magic);
+                let integer =
+                    _mm512_sub_epi64(_mm512_castpd_si512(sum), _mm512_castpd_si512(magic));
+                _mm512_slli_epi64::<SUM_SHIFT>(integer)
+            };
+            // SAFETY: there is room for CHUNK, of which WIDTH are left from here.
+            unsafe {
+                _mm512_storeu_si512(self.places.as_mut_ptr().add(at).cast(), places);
+                let uppers = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
+                _mm256_storeu_si256(self.uppers.as_mut_ptr().add(at).cast(), uppers);
+                _mm512_storeu_si512(self.terms.as_mut_ptr().add(at).cast(), integer(low));
+                _mm512_storeu_si512(
+                    self.terms.as_mut_ptr().add(at + WIDTH / 2).cast(),
+                    integer(high),
+                );
+            }
+        }
+        let (values, indices) = (&values[whole..length], &indices[whole..length]);
+        sound == !0 && self.rest(whole, values, indices, d_sae, layout)
     }
 
     #[inline(always)]
@@ -161,30 +230,50 @@ impl Staged {
         d_sae: usize,
         layout: Layout,
     ) -> bool {
-        // An id is at most u32::MAX, so a larger d_sae asks nothing of it.
-        let last = d_sae.saturating_sub(1).min(u32::MAX as usize) as u32;
+        self.rest(0, values, indices, d_sae, layout)
+    }
+
+    /// Stages codes one at a time, behind the first `start`.
+    #[inline(always)]
+    fn rest<V: Value, I: Index>(
+        &mut self,
+        start: usize,
+        values: &[V],
+        indices: &[I],
+        d_sae: usize,
+        layout: Layout,
+    ) -> bool {
+        let last = last_feature(d_sae);
         let mut sound = d_sae > 0;
         let codes = values.iter().zip(indices);
-        for ((value, index), entry) in codes.zip(&mut self.0) {
+        let staged = self.places[start..]
+            .iter_mut()
+            .zip(&mut self.terms[start..])
+            .zip(&mut self.uppers[start..]);
+        for ((value, index), ((place, term), upper)) in codes.zip(staged) {
             let bits = value.bits();
             // Zeros wrap around; negative and infinite strengths are larger to begin with.
             sound &= bits.wrapping_sub(1) < f32::INFINITY.to_bits() - 1;
             let feature = index.feature() as u32;
             sound &= feature <= last;
-            let place = layout.place(feature.min(last), bits);
-            let (sum, inside) = (layout.fixed(bits), place % LINE as u32 != OUTSIDE as u32);
-            *entry = Entry {
-                place: u64::from(place) | u64::from(bits >> 16) << 32,
-                sum: if inside { sum } else { 0 },
-            };
+            let inside;
+            (*place, inside) = layout.place(feature, bits);
+            *upper = (bits >> 16) as u16;
+            *term = layout.term(f32::from_bits(if inside { bits } else { 0 }));
         }
         sound
     }
 }
 
+/// An id is at most `u32::MAX`, so a larger `d_sae` asks nothing of it.
+fn last_feature(d_sae: usize) -> u32 {
+    d_sae.saturating_sub(1).min(u32::MAX as usize) as u32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::examples::histogram::bin_of;
     use crate::examples::sum;
     use proptest::prelude::*;
 
@@ -207,23 +296,48 @@ mod tests {
                 prop_assert!(staged.fill(simd, &values, &indices, 1000, layout));
                 let mut other = Staged::new();
                 prop_assert!(other.fill(simd, &values, &narrow, 1000, layout));
-                prop_assert_eq!(&staged.0[..], &other.0[..]);
+                prop_assert_eq!(&staged.places[..], &other.places[..]);
+                prop_assert_eq!(&staged.terms[..], &other.terms[..]);
+                prop_assert_eq!(&staged.uppers[..], &other.uppers[..]);
                 for (at, &value) in values.iter().enumerate() {
-                    let Entry { place, sum } = staged.0[at];
-                    prop_assert_eq!(place >> 32, u64::from(value.to_bits() >> 16));
-                    let (feature, inside) = (place as u32 as usize / LINE, place as usize % LINE);
+                    let (place, term) = (staged.places[at] as usize, staged.terms[at]);
+                    let (feature, inside) = (place / LINE, place % LINE);
+                    prop_assert_eq!(u32::from(staged.uppers[at]), value.to_bits() >> 16);
                     prop_assert_eq!(feature as u32, indices[at]);
                     if inside == OUTSIDE {
-                        prop_assert_eq!(sum, 0);
+                        prop_assert_eq!(term, 0);
+                        let bin = bin_of(value).wrapping_sub(layout.base());
+                        prop_assert!(bin >= WINDOW || [0, BINS - 1].contains(&bin_of(value)));
                         continue;
                     }
                     prop_assert_eq!(inside, FIRST + bin_of(value) - layout.base());
-                    prop_assert_eq!(sum % (1 << SUM_SHIFT), 0);
-                    let exact = u128::from(sum >> SUM_SHIFT) << layout.shift();
-                    prop_assert_eq!(exact, sum::to_fixed(value));
-                    prop_assert!(sum.checked_mul(SUM_TERMS as u64 - 1).is_some());
+                    prop_assert_eq!(term % (1 << SUM_SHIFT), 0);
+                    prop_assert_eq!(layout.fixed(term), sum::to_fixed(value));
                 }
             }
+        }
+
+        #[test]
+        fn sums_of_a_line_are_exact(
+            base in 0usize..=BINS - WINDOW,
+            bins in prop::collection::vec((0..WINDOW, 0u32..1 << 20), 1..50),
+        ) {
+            let layout = Layout::new(base);
+            // The most terms, the largest of which have all their bits set.
+            let mut terms: Vec<f32> = bins
+                .iter()
+                .map(|&(bin, more)| f32::from_bits(histogram::edges()[base + bin].to_bits() + more))
+                .filter(|&term| layout.place(0, term.to_bits()).1)
+                .collect();
+            terms.push(histogram::edges()[base + WINDOW].next_down());
+            let times = SUM_TERMS / terms.len() - 1;
+            let (mut sum, mut exact) = (0_u64, 0);
+            for term in &terms {
+                let part = layout.term(*term).checked_mul(times as u64);
+                sum = part.and_then(|part| sum.checked_add(part)).unwrap();
+                exact += sum::to_fixed(*term) * times as u128;
+            }
+            prop_assert_eq!(layout.fixed(sum), exact);
         }
 
         #[test]
@@ -231,7 +345,7 @@ mod tests {
             let value = histogram::edges()[base + bin];
             let mut staged = Staged::new();
             prop_assert!(staged.fill(Simd::best(), &[value], &[0u32], 1, Layout::new(base)));
-            prop_assert_eq!(staged.0[0].place as usize % LINE, FIRST + bin);
+            prop_assert_eq!(staged.places[0] as usize % LINE, FIRST + bin);
         }
 
         #[test]
