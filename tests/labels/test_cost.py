@@ -111,6 +111,35 @@ def test_a_run_stops_at_its_cap_and_goes_on(
     assert row["n"] == server.answered == whole.requests
 
 
+def test_what_was_lost_counts_in_all_runs(
+    server: Server,
+    endpoint: Endpoint,
+    knowing: Behave,
+    database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("r1sae_fast.labels.client._PAUSE", 0.001)
+    cut = iter([True] * 3)
+
+    def behave(asked: Any) -> Any:
+        answer = knowing(asked)
+        answer.cut = asked.kind == "detection" and next(cut, False)
+        return answer
+
+    server.behave = behave
+    prices = Prices(1.0, 10.0)
+    first = label_features(database, endpoint, SMALL, [1], prices=prices, max_cost=0.005)
+    assert first.stopped
+    run = label_features(database, endpoint, SMALL, [1], prices=prices, max_cost=1.0)
+    assert run.labelled == 1
+    assert first.lost + run.lost == 3
+    with FeatureDB(database) as db:
+        (row,) = db.sql("SELECT * FROM label_usage").to_pylist()
+    assert row["cost"] == pytest.approx(run.spent)
+    counted = prices.of(row["prompt_tokens"], row["completion_tokens"])
+    assert row["cost"] > counted + 3 * prices.of(0, SMALL.score_tokens)
+
+
 def test_the_plan_is_near(
     server: Server, endpoint: Endpoint, knowing: Behave, database: Path
 ) -> None:

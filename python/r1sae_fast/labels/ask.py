@@ -49,7 +49,7 @@ class Asker:
             UnusableError: no label could be read.
             RequestError, EndpointError, BudgetReachedError: as the client.
         """
-        usage = Usage()
+        usage = Usage(cost=self.journal.lost(sample.feature))
         messages = explain_question(sample, self.settings)
         request = Request(self.endpoint.model, messages, self.settings.explain_tokens)
         label = await self._ask(sample.feature, request, read_label, usage)
@@ -85,12 +85,18 @@ class Asker:
     async def _ask(
         self, feature: int, request: Request, read: Callable[[str], T | None], usage: Usage
     ) -> T | None:
+        def lost(cost: float) -> None:
+            if cost:
+                self.journal.add_lost(feature, cost)
+                usage.cost += cost
+                self.asked.cost += cost
+
         for attempt in range(_TRIES):
             warmth = _WARMER if attempt else 0.0
             asked = Request(request.model, request.messages, request.max_tokens, warmth)
             answered = self.journal.reply(asked.key, attempt)
             if answered is None:
-                reply = await self.client.ask(asked)
+                reply = await self.client.ask(asked, lost)
                 used = usage_of(asked, reply, self.prices)
                 answered = Answered(feature, asked.key, attempt, reply, used)
                 self.journal.add_reply(answered)

@@ -30,6 +30,7 @@ MAX_BYTES = 4 << 20
 _AGAIN = {408, 409, 425, 429}
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds
 _LONGEST_WAIT = 900.0  # that a server may ask for by Retry-After
+_STRANGER_TRIES = 2  # more, after the first, of a server that never was there
 _FATAL = {401: KEY, 403: KEY, 404: f"{URL} and {MODEL}", 405: URL}
 
 
@@ -42,10 +43,17 @@ class RequestError(LabelError):
 
 
 class _Transient(Exception):
-    def __init__(self, why: str, wait: float = 0.0, *, sent: bool = False) -> None:
+    def __init__(
+        self, why: str, wait: float = 0.0, *, sent: bool = False, reached: bool = True
+    ) -> None:
         super().__init__(why)
         self.wait = wait
         self.sent = sent  # the model may have run, and be paid for
+        self.reached = reached  # there is a server
+
+
+def _forget(cost: float) -> None:
+    pass
 
 
 class Client:
@@ -83,6 +91,7 @@ class Client:
         self._not_before = 0.0  # by time.monotonic
         self._new_style = False  # max_completion_tokens in place of max_tokens
         self._no_temperature = False
+        self._reached = False
         self.lost_tries = 0  # that may have been paid for without an answer
         self.waiting = ""  # why nothing is asked just now, for people
         headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
@@ -104,8 +113,10 @@ class Client:
     ) -> None:
         await self._client.aclose()
 
-    async def ask(self, request: Request) -> Reply:
+    async def ask(self, request: Request, lost: Callable[[float], None] = _forget) -> Reply:
         """One answer.
+
+        ``lost`` is told what a try may have cost that gave no answer.
 
         Raises:
             RequestError: the server refuses this request, or fails at it again and again.
@@ -116,8 +127,14 @@ class Client:
             for attempt in range(self._retries + 1):
                 await self._turn()
                 try:
-                    return await self._paid(request)
+                    return await self._paid(request, lost)
                 except _Transient as error:
+                    self._reached |= error.reached
+                    if not self._reached and attempt == _STRANGER_TRIES:
+                        raise EndpointError(
+                            f"{self._endpoint.url}: {error}: is the server running, and is "
+                            f"{URL} its address?"
+                        ) from None
                     if attempt == self._retries:
                         raise RequestError(
                             f"{self._endpoint.url}: no answer in {attempt + 1} tries; the last: "
@@ -128,16 +145,19 @@ class Client:
                     await self._sleep(max(pause, error.wait))
         raise AssertionError  # the loop always ends before
 
-    async def _paid(self, request: Request) -> Reply:
+    async def _paid(self, request: Request, lost: Callable[[float], None]) -> Reply:
         aside = await self._budget.reserve(request)
         reply, billed = None, False
         try:
             reply = await self._try(request)
             self.waiting = ""
+            self._reached = True
             return reply
         except _Transient as error:
             billed = error.sent
-            self.lost_tries += error.sent
+            if billed:
+                self.lost_tries += 1
+                lost(self._budget.worst(request))
             raise
         finally:
             await self._budget.settle(aside, request, reply, billed=billed)
@@ -158,7 +178,8 @@ class Client:
         try:
             status, headers, body = await asyncio.wait_for(self._post(request), self._timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Transient(f"can't connect ({error or type(error).__name__})") from None
+            why = f"can't connect ({error or type(error).__name__})"
+            raise _Transient(why, reached=False) from None
         except (asyncio.TimeoutError, httpx.TimeoutException):  # two kinds in 3.10
             raise _Transient(f"no answer within {self._timeout:g} s", sent=True) from None
         except httpx.HTTPError as error:

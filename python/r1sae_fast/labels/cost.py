@@ -110,6 +110,12 @@ class Budget:
         self._changed = asyncio.Condition()
         self.spent = spent
 
+    def worst(self, request: Request) -> float:
+        """What a request may cost at most."""
+        if self._prices is None:
+            return 0.0
+        return self._prices.of(self._ratio * prompt_tokens(request), request.max_tokens)
+
     async def reserve(self, request: Request) -> float:
         """Sets aside what a request may cost.
 
@@ -120,8 +126,7 @@ class Budget:
             return 0.0
         async with self._changed:
             while True:
-                tokens = self._ratio * prompt_tokens(request)
-                worst = self._prices.of(tokens, request.max_tokens)
+                worst = self.worst(request)
                 if self.spent + self._aside + worst <= self._cap:
                     self._aside += worst
                     self._open += 1
@@ -140,7 +145,7 @@ class Budget:
         if reply is not None:
             self.spent += usage_of(request, reply, self._prices).cost
         elif billed:
-            self.spent += aside
+            self.spent += aside or self.worst(request)
         if self._prices is None or self._cap is None:
             return
         if reply is not None and reply.prompt_tokens is not None:

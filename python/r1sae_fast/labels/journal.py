@@ -86,6 +86,7 @@ class Journal:
         self._header = {**_FORMAT, "database": database}
         self.finished: dict[tuple[int, str, str], Finished] = {}
         self._replies: dict[Try, Answered] = {}
+        self._lost: dict[int, float] = {}  # by unfinished feature
         if path.exists():
             self._read()
         else:
@@ -112,8 +113,9 @@ class Journal:
     @property
     def spent(self) -> float:
         """What all in it cost."""
-        done = sum(entry.usage.cost for entry in self.finished.values())
-        return done + sum(entry.usage.cost for entry in self._replies.values())
+        used = [entry.usage for entry in self.finished.values()]
+        used += [entry.usage for entry in self._replies.values()]
+        return sum(usage.cost for usage in used) + sum(self._lost.values())
 
     def reply(self, key: str, attempt: int) -> Answered | None:
         """What was answered to a request before."""
@@ -123,6 +125,15 @@ class Journal:
         """Notes an answer; the system has it when this returns."""
         self._replies[answered.key, answered.attempt] = answered
         self._write({"reply": asdict(answered)})
+
+    def lost(self, feature: int) -> float:
+        """What tries without an answer may have cost, of a feature that is not finished."""
+        return self._lost.get(feature, 0.0)
+
+    def add_lost(self, feature: int, cost: float) -> None:
+        """Notes such a try."""
+        self._lost[feature] = self.lost(feature) + cost
+        self._write({"lost": {"feature": feature, "cost": cost}})
 
     def finish(self, finished: Finished) -> None:
         """Notes a feature; it is on the disk when this returns. Its replies are needed no more."""
@@ -140,6 +151,7 @@ class Journal:
         rest: Sequence[dict[str, Any]] = [
             *({"label": asdict(entry)} for entry in self.finished.values()),
             *({"reply": asdict(entry)} for entry in self._replies.values()),
+            *({"lost": {"feature": f, "cost": cost}} for f, cost in self._lost.items()),
         ]
         if rest:
             write_bytes(self.path, _line(self._header) + b"".join(map(_line, rest)))
@@ -149,6 +161,7 @@ class Journal:
     def _finish(self, finished: Finished) -> None:
         self.finished[finished.key] = finished
         done = finished.feature
+        self._lost.pop(done, None)
         self._replies = {k: v for k, v in self._replies.items() if v.feature != done}
 
     def _write(self, entry: dict[str, Any]) -> None:
@@ -194,6 +207,9 @@ class Journal:
                 e["feature"], e["key"], e["attempt"], Reply(**e["reply"]), Usage(**e["usage"])
             )
             self._replies[answered.key, answered.attempt] = answered
+        elif "lost" in entry:
+            e = entry["lost"]
+            self._lost[e["feature"]] = self.lost(e["feature"]) + e["cost"]
         else:
             e = entry["label"]
             scores = tuple(Score(**score) for score in e.pop("scores"))

@@ -41,6 +41,7 @@ def merge_labels(path: str | Path) -> int:
     """Puts what ``r1sae label`` left in its journal into the database; gives how many labels.
 
     Raises:
+        FileNotFoundError: no such database.
         DatabaseError: the database is being written or labelled, or read by others while the disk
             has no room for a copy; the journal stays.
         LabelError: a journal of another database.
@@ -48,10 +49,10 @@ def merge_labels(path: str | Path) -> int:
     path = Path(path)
     require_not_open(path)
     with labelling_lock(path):
-        if not journal_path(path).exists():
-            return 0
         with FeatureDB(path) as db:
             mark = fingerprint(db)
+        if not journal_path(path).exists():
+            return 0
         with Journal(journal_path(path), mark) as journal:
             pass
         return merge(path, journal)

@@ -210,7 +210,7 @@ class _Round:
         finally:
             for task in (*workers, ticking):
                 task.cancel()
-            await asyncio.gather(*workers, ticking, return_exceptions=True)
+            await asyncio.gather(*workers, ticking, all_done, return_exceptions=True)
             # Their queries too have ended before the database is closed and written to.
             self._threads.shutdown(cancel_futures=True)
             self._tell()
