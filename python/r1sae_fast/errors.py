@@ -32,6 +32,10 @@ class TrainingDivergedError(R1SaeError):
     """The loss became NaN or infinite; the last checkpoint stands."""
 
 
+class LostRankError(R1SaeError):
+    """Another process of a training run is gone; the last checkpoint stands."""
+
+
 class MissingExtraError(R1SaeError, ImportError):
     """An optional dependency is not installed; the message has the command that installs it."""
 

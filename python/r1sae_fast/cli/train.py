@@ -1,9 +1,18 @@
 """``r1sae train``: an SAE from activation shards."""
 
+from __future__ import annotations
+
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from r1sae_fast.sae import FastSAE
+    from r1sae_fast.shards import ActivationShards
+    from r1sae_fast.train import TrainConfig
+    from r1sae_fast.train.parallel.layout import Layout
 
 
 def train(
@@ -57,6 +66,14 @@ def train(
     evaluate_rows: Annotated[
         int, typer.Option(help="Rows to evaluate the finished SAE on; 0 for none.")
     ] = 65536,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train in so many processes on this machine (for several: torchrun). They share "
+            "the features, unless the file's \\[parallel] says otherwise.",
+        ),
+    ] = None,
 ) -> None:
     """Train an SAE on harvested activations.
 
@@ -80,6 +97,7 @@ def train(
         "dead_after_tokens": dead_after_tokens,
         "seed": seed,
     }
+    layout = None
     if shards.suffix == ".toml":
         run_settings: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
         run_settings |= {"evaluate_rows": evaluate_rows}
@@ -89,7 +107,7 @@ def train(
         if out is not None:
             overrides["out"] = str(out)
         file = read_train_file(shards, overrides)
-        config, shards, out = file.config, file.shards, file.out
+        config, shards, out, layout = file.config, file.shards, file.out, file.layout
         device = device if file.device is None else file.device
         if file.checkpoint_seconds is not None:
             checkpoint_seconds = file.checkpoint_seconds
@@ -101,7 +119,15 @@ def train(
             settings["k"] = 16
         config = TrainConfig(**settings)
     activations = ActivationShards(shards)
-    sae = run(activations, out, config, device=device, checkpoint_seconds=checkpoint_seconds)
+    how: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
+    many = in_processes(layout, processes, config.d_sae)
+    sae = (
+        run(activations, out, config, **how)
+        if many is None
+        else train_as_one_of_many(activations, out, config, many, how)
+    )
+    if sae is None:
+        return
     typer.echo(
         f"{out}: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.mode}; trained on "
         f"{sae.metadata['tokens']:,} rows ({sae.metadata['left_out']:,} outliers left out), "
@@ -113,6 +139,50 @@ def train(
             f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "
             f"{found.explained_variance:.4f}), L0 {found.l0:.2f}, dead {found.dead_fraction:.1%}"
         )
+
+
+def in_processes(layout: Layout | None, processes: int | None, d_sae: int) -> Layout | None:
+    """The layout of the processes that train; None for this one alone.
+
+    Raises:
+        ValueError: the layout is for another number of processes than there are.
+    """
+    from r1sae_fast.train.parallel.layout import Layout
+    from r1sae_fast.train.parallel.run import is_launched
+    from r1sae_fast.train.parallel.run import processes as launched
+
+    count = launched() if is_launched() else processes
+    if count is None:
+        count = 1 if layout is None else layout.processes
+    if layout is None:
+        # By features: work and memory are then shared out whole.
+        layout = Layout(latents=count)
+    layout.require(count, d_sae)
+    return layout if count > 1 or is_launched() else None
+
+
+def train_as_one_of_many(
+    shards: ActivationShards, out: Path, config: TrainConfig, layout: Layout, how: dict[str, Any]
+) -> FastSAE | None:
+    """One rank's part of a run; in a process that no launcher has started, that of the launcher.
+
+    Returns:
+        The SAE in one process, which goes on with it; None in all others.
+    """
+    from r1sae_fast.errors import LostRankError
+    from r1sae_fast.train.parallel.launch import LOST, launch
+    from r1sae_fast.train.parallel.run import is_launched, train_in_parallel
+
+    if not is_launched():
+        status = launch(["-m", "r1sae_fast.cli", *sys.argv[1:]], layout.processes)
+        if status:
+            raise typer.Exit(status)
+        return None
+    try:
+        return train_in_parallel(shards, out, config, layout, **how)
+    except LostRankError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(LOST) from None
 
 
 def given(context: typer.Context, name: str) -> bool:

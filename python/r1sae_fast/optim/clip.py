@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ __all__ = ["clip_grad_norm_"]
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, *, unit_rows: Iterable[Tensor] = ()
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    unit_rows: Iterable[Tensor] = (),
+    total: Callable[[float], float] = float,
+    shared: Iterable[Tensor] = (),
 ) -> float | None:
     """Scales all gradients, factored and dense, so that their common norm is at most ``max_norm``.
 
@@ -25,6 +30,10 @@ def clip_grad_norm_(
         max_norm: more than 0.
         unit_rows: parameters of rows of norm 1, of whose gradients only what turns them counts
             (as with :class:`Adam`'s ``unit_rows``).
+        total: where parameters are split among processes: the sum over these of a number. All of
+            them clip at the same time, by the norm of all gradients.
+        shared: those of the parameters that are not split, but the same, with the same dense
+            gradient, in every process.
 
     Returns:
         The norm before; None where only its bound was needed.
@@ -36,17 +45,22 @@ def clip_grad_norm_(
         raise ValueError(f"max_norm is {max_norm}; expected more than 0")
     parameters = list(parameters)
     turned = {id(parameter) for parameter in unit_rows}
-    dense, factored, squared = [], [], 0.0
+    whole = {id(parameter) for parameter in shared}
+    dense, factored, squared, of_shared = [], [], 0.0, 0.0
     for parameter in parameters:
         if parameter.grad is not None:
             dense.append(parameter.grad)
             turns = id(parameter) in turned
             counted = turning(parameter.grad, parameter) if turns else parameter.grad
-            squared += float(counted.norm()) ** 2
+            if id(parameter) in whole:
+                of_shared += float(counted.norm()) ** 2
+            else:
+                squared += float(counted.norm()) ** 2
         gradient = factored_gradient(parameter)
         if gradient is not None:
             factored.append((gradient, parameter))
     bound = squared + sum(gradient.norm_bound() ** 2 for gradient, _ in factored)
+    bound = total(bound) + of_shared
     # False for NaN, which then shows itself in the norm.
     if bound <= max_norm**2:
         return None
@@ -55,7 +69,7 @@ def clip_grad_norm_(
         if weight is None:
             raise ValueError("a factored gradient for a parameter that is not a contiguous matrix")
         squared += gradient.norm(weight, unit_rows=id(parameter) in turned) ** 2
-    norm = float(squared**0.5)
+    norm = float((total(squared) + of_shared) ** 0.5)
     if not norm <= max_norm:
         factor = max_norm / norm
         for gradient, _ in factored:

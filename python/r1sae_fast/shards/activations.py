@@ -309,6 +309,7 @@ class ActivationShards(ShardFolder):
         blocks: tuple[int, int] | None = None,
         prefetch: int = 2,
         pin_memory: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> ShardLoader:
         """Batches of all rows, each row once an epoch; see :class:`ShardLoader`."""
         return ShardLoader(
@@ -321,6 +322,7 @@ class ActivationShards(ShardFolder):
             blocks=blocks,
             prefetch=prefetch,
             pin_memory=pin_memory,
+            part=part,
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

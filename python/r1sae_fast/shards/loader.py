@@ -58,6 +58,8 @@ class ShardLoader:
             random reads are slow. Each row still comes once an epoch.
         prefetch: batches read ahead; 0 reads each when it is asked for.
         pin_memory: activations in page-locked memory, from which CUDA copies without waiting.
+        part: (i, n): of each batch only the i-th of n parts is read, which is for n processes that
+            share batches; state and order are those of the whole ones.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ShardLoader:
         blocks: tuple[int, int] | None = None,
         prefetch: int = 2,
         pin_memory: bool = False,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         _require_int("batch_size", batch_size, 1, 2**62)
         _require_int("seed", seed, 0, _U64 - 1)
@@ -89,6 +92,9 @@ class ShardLoader:
         self.blocks = _checked_blocks(blocks) if self.shuffle else None
         self.prefetch = prefetch
         self.pin_memory = bool(pin_memory)
+        _require_int("the number of parts", part[1], 1, 2**31)
+        _require_int("part", part[0], 0, part[1] - 1)
+        self.part = part
         self._epoch = 0
         self._row = 0
         # What is read ahead, and one that the caller is about to drop.
@@ -194,15 +200,18 @@ class ShardLoader:
         self._epoch, self._row = epoch, row
 
     def read(self, place: Place) -> ActivationBatch:
-        """The rows of a place."""
-        rows: Any = (place.start, place.stop)
+        """The rows of a place, or this loader's part of them."""
+        size, (index, parts) = place.stop - place.start, self.part
+        start = place.start + size * index // parts
+        stop = place.start + size * (index + 1) // parts
+        rows: Any = (start, stop)
         if self.shuffle:
             self._read_windows_ahead(place)
             where = (len(self.shards), self.seed, place.epoch)
             if self.blocks is None:
-                rows = _core.permutation(*where, place.start, place.stop)
+                rows = _core.permutation(*where, start, stop)
             else:
-                rows = _core.block_permutation(*where, self.blocks, place.start, place.stop)
+                rows = _core.block_permutation(*where, self.blocks, start, stop)
         return self.shards.gather(rows, self._pool, pin_memory=self.pin_memory)
 
     def _read_windows_ahead(self, place: Place) -> None:

@@ -15,6 +15,7 @@ from r1sae_fast.codes import SparseCodes
 from r1sae_fast.ops.decode import _gradient_of_values
 from r1sae_fast.train.gradients import Auxiliary, Gradients, Weights
 from r1sae_fast.train.losses.base import Part
+from r1sae_fast.train.select import DenseFinder
 
 __all__ = ["gradients"]
 
@@ -47,13 +48,14 @@ def gradients(
     encoder, decoder, b_enc = total
     loss = error.new_zeros(())
     if auxiliary is not None:
-        dead, k, coefficient = auxiliary
-        dead_rows = (weights.encoder[dead], weights.b_enc[dead])
-        of_dead = ops.encode_topk(x, *dead_rows, k, check_finite=False)
+        dead, k, coefficient, ranks = auxiliary
+        finder = _KernelFinder(weights.encoder[dead], weights.b_enc[dead])
+        of_dead = ranks.finder(finder, len(dead)).topk(x, k, check_finite=False)
         features = dead[of_dead.indices.long()].to(torch.int32)
         d_sae = weights.decoder.shape[0]
         among_all = SparseCodes(of_dead.values, features, of_dead.row_offsets, d_sae)
-        missed = ops.decode(among_all, weights.decoder).add_(error)
+        decoded = ranks.decoded(lambda codes: ops.decode(codes, weights.decoder), among_all)
+        missed = decoded.add_(error)
         size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
         loss = missed.square().sum() / size
         _, more = _backward(Part(among_all, missed), x, weights.decoder, 2.0 / size, dead)
@@ -65,6 +67,14 @@ def gradients(
         encoder.add_(decoder)
         decoder = encoder
     return Gradients(encoder, decoder, b_enc, of_values), loss
+
+
+class _KernelFinder(DenseFinder):
+    """Finds top-k without writing pre-activations out."""
+
+    def topk(self, x: Tensor, k: int, *, check_finite: bool) -> SparseCodes:
+        """As :func:`r1sae_fast.ops.encode_topk`."""
+        return ops.encode_topk(x, self.encoder, self.b_enc, k, check_finite=check_finite)
 
 
 def _backward(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.parallel.layout import Layout
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,6 +29,7 @@ class TrainFile:
     device: str | None
     checkpoint_seconds: float | None
     evaluate_rows: int | None
+    layout: Layout | None
 
 
 _RUN: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -36,6 +38,7 @@ _RUN: dict[str, tuple[type | tuple[type, ...], str]] = {
     "device": (str, 'a device, such as "cuda"'),
     "checkpoint_seconds": ((int, float), "a number"),
     "evaluate_rows": (int, "an int"),
+    "parallel": (dict, "a table, [parallel]"),
 }
 
 
@@ -43,7 +46,8 @@ def read_train_file(path: Path, overrides: dict[str, Any] | None = None) -> Trai
     """Reads a run's file.
 
     Its keys are the fields of :class:`TrainConfig`, and ``shards``, ``out`` (folders, relative to
-    the file's own), ``device``, ``checkpoint_seconds`` and ``evaluate_rows``; no tables.
+    the file's own), ``device``, ``checkpoint_seconds`` and ``evaluate_rows``; and a table
+    ``[parallel]`` with the fields of :class:`~r1sae_fast.train.parallel.Layout`.
 
     Args:
         path: the file.
@@ -86,7 +90,19 @@ def read_train_file(path: Path, overrides: dict[str, Any] | None = None) -> Trai
         device=values.get("device"),
         checkpoint_seconds=values.get("checkpoint_seconds"),
         evaluate_rows=values.get("evaluate_rows"),
+        layout=_layout(path, values["parallel"]) if "parallel" in values else None,
     )
+
+
+def _layout(path: Path, table: dict[str, Any]) -> Layout:
+    known = [field.name for field in fields(Layout)]
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r} in [parallel]{_nearest(key, known)}")
+    try:
+        return Layout(**table)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _nearest(key: str, known: list[str]) -> str:

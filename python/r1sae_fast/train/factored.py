@@ -22,6 +22,7 @@ from r1sae_fast.train.gradients import (
     of_dense,
 )
 from r1sae_fast.train.losses.base import Part
+from r1sae_fast.train.select import DenseFinder
 
 _DENSE_SHARE = DENSE_SHARE
 """Of the dead features."""
@@ -88,12 +89,17 @@ def _add_auxiliary(
     to: Gradients[FactoredGradient], x: Tensor, weights: Weights, error: Tensor, by: Auxiliary
 ) -> Tensor:
     dead, decoder = by.dead, weights.decoder[by.dead]
-    pre = torch.addmm(weights.b_enc[dead], x, weights.encoder[dead].T)
-    codes = ops.topk(pre, by.k, check_finite=False)
-    del pre
+    own = DenseFinder(weights.encoder[dead], weights.b_enc[dead])
+    codes = by.ranks.finder(own, len(dead)).topk(x, by.k, check_finite=False)
     dense = codes.nnz > _DENSE_SHARE * codes.rows * codes.d_sae
     kept = codes.to_dense() if dense else None
-    missed = (ops.decode(codes, decoder) if kept is None else kept @ decoder).add_(error)
+
+    def decode(some: SparseCodes) -> Tensor:
+        if kept is None:
+            return ops.decode(some, decoder)
+        return (kept if some is codes else some.to_dense()) @ decoder
+
+    missed = by.ranks.decoded(decode, codes).add_(error)
     size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
     loss = missed.square().sum() / size
     scale = by.coefficient * 2.0 / float(size)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.optim import FactoredGradient
 from r1sae_fast.train.losses.base import Part
+from r1sae_fast.train.parallel import ALONE, Ranks
+from r1sae_fast.train.select import DenseFinder
 
 DENSE_SHARE = 0.05
 """From this share of features a row on, a matrix product beats sums over codes."""
@@ -39,10 +40,12 @@ class Auxiliary(NamedTuple):
     """The loss in which ``k`` dead features a row explain what the others left over."""
 
     dead: Tensor
-    """``[n]`` int64, rising; without codes in this batch."""
+    """``[n]`` int64, rising: own features without codes in this batch."""
     k: int
-    """At most n."""
+    """At most so many as there are dead features in all."""
     coefficient: float
+    ranks: Ranks = ALONE
+    """Who has the others."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,13 @@ def gradients(
         b_enc += also.b_enc
     loss = error.new_zeros(())
     if auxiliary is not None:
-        dead, k, coefficient = auxiliary
+        dead, k, coefficient, ranks = auxiliary
         part = weights.decoder[dead]
-        pre = torch.addmm(weights.b_enc[dead], x, weights.encoder[dead].T)
-        of_dead = ops.topk(pre, k, check_finite=False)
+        find = ranks.finder(DenseFinder(weights.encoder[dead], weights.b_enc[dead]), len(dead))
+        of_dead = find.topk(x, k, check_finite=False)
         # How much of the (constant) leftover, -error, they fail to explain, 1 being all of it.
         # b_dec takes no part: it is in the leftover.
-        missed = decode(of_dead, part).add_(error)
+        missed = ranks.decoded(lambda codes: decode(codes, part), of_dead).add_(error)
         size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
         loss = missed.square().sum() / size
         more = _backward(Part(of_dead, missed), x, part, 2.0 / size)

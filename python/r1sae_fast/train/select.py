@@ -18,7 +18,7 @@ class DenseFinder:
     """
 
     def __init__(self, encoder: Tensor, b_enc: Tensor) -> None:
-        self._encoder, self._b_enc = encoder, b_enc
+        self.encoder, self.b_enc = encoder, b_enc
 
     def topk(self, x: Tensor, k: int, *, check_finite: bool) -> SparseCodes:
         """The k strongest of each row."""
@@ -33,4 +33,4 @@ class DenseFinder:
         return ops.threshold(self._pre_activations(x), theta, check_finite=check_finite)
 
     def _pre_activations(self, x: Tensor) -> Tensor:
-        return torch.addmm(self._b_enc, x, self._encoder.T)
+        return torch.addmm(self.b_enc, x, self.encoder.T)

@@ -22,6 +22,7 @@ from torch import Tensor
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.shards import ActivationBatch, ActivationShards
 from r1sae_fast.train.geometric_median import geometric_median
+from r1sae_fast.train.parallel import ALONE, Ranks
 
 _SAMPLE_ROWS = 16384
 _SAMPLE_NUMBERS = 2**25
@@ -97,11 +98,17 @@ class Standardisation:
             )
         return cls(centre, math.sqrt(shards.d_in) / size, limit)
 
-    def apply(self, batch: ActivationBatch, device: torch.device) -> tuple[Tensor, int]:
-        """The rows to train on, standardised, float32 ``[n, d_in]``; and how many were left out."""
+    def apply(
+        self, batch: ActivationBatch, device: torch.device, ranks: Ranks = ALONE
+    ) -> tuple[Tensor, int]:
+        """The rows to train on, standardised, float32 ``[n, d_in]``; and how many were left out.
+
+        Of the whole batch, of which each of the ``ranks`` has read a part.
+        """
         rows, norms = checked(batch, device)
         keep = norms <= self.norm_limit
         left_out = int(keep.numel() - keep.sum())
         if left_out:
             rows = rows[keep]
+        rows, left_out = ranks.rows(rows, left_out)
         return (rows - self.centre.to(device)).mul_(self.scale), left_out

@@ -22,6 +22,7 @@ from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu
+from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.select import DenseFinder
 
 
@@ -37,6 +38,12 @@ class StepFigures:
     dead: int
 
 
+_DRAWN_ROWS = 1024
+
+_SHARED = "b_dec"
+"""The parameter that every process has whole; the others lie with the features."""
+
+
 class Learner:
     """The weights, feature by feature, Adam's state, and when each feature last fired.
 
@@ -49,6 +56,8 @@ class Learner:
         by_kernels: whether, if not so, encoding and gradients are the package's sparse operations;
             default on GPUs, where they are Triton's kernels. Else they are plain torch, which is
             the truth for the others.
+        ranks: the processes that train it together; of weights and state each has those of its own
+            features. All call the same methods with the same rows.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class Learner:
         *,
         in_factors: bool | None = None,
         by_kernels: bool | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.in_factors = device.type == "cpu" if in_factors is None else in_factors
         on_gpu = device.type == "cuda"
@@ -68,23 +78,24 @@ class Learner:
         self.config = config
         self.d_in = d_in
         self.device = device
-        # On the CPU whatever the device, so that the seed means the same weights everywhere.
-        generator = torch.Generator().manual_seed(config.seed)
-        directions = torch.randn(config.d_sae, d_in, generator=generator)
-        directions = _unit_rows(directions).to(device)
+        self.ranks = ranks
+        self.first, end = ranks.own(config.d_sae)
+        self.features = end - self.first
+        """Own ones."""
+        directions = _first_directions(config, d_in, self.first, end).to(device)
         self.parameters: dict[str, Tensor] = {"encoder": directions}
         if not config.tied:
             self.parameters["decoder"] = directions.clone()
-        self.parameters["b_enc"] = torch.zeros(config.d_sae, device=device)
+        self.parameters["b_enc"] = torch.zeros(self.features, device=device)
         self.parameters["b_dec"] = torch.zeros(d_in, device=device)
         if config.mode == "jumprelu":
-            self.parameters["log_threshold"] = torch.zeros(config.d_sae, device=device)
+            self.parameters["log_threshold"] = torch.zeros(self.features, device=device)
         self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         """Adam's moments, by parameter; as torch.optim.Adam names them."""
         self._torch_adam = None if self.in_factors else self._make_torch_adam()
         self.screen = ops.Screen(self.parameters["encoder"], self.parameters["b_enc"])
         """Finds codes, unless all is plain torch."""
-        self.unfired_tokens = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        self.unfired_tokens = torch.zeros(self.features, dtype=torch.int64, device=device)
         """Tokens since each feature last fired."""
         self.threshold = 0.0
         """Moving average of the smallest code kept, in standardised units."""
@@ -97,7 +108,8 @@ class Learner:
     def start(self, x: Tensor) -> None:
         """Fits to rows ``x [n, d_in]`` what no seed can tell, before the first step."""
         if self.config.mode == "jumprelu":
-            first = jumprelu.first_log_threshold(self._sae(), x, self.config)
+            least = self.ranks.least
+            first = jumprelu.first_log_threshold(self._sae(), x, self.config, least)
             self.parameters["log_threshold"].fill_(first)
 
     @property
@@ -132,7 +144,13 @@ class Learner:
     def _factored_update(self, learning_rate: float) -> None:
         config = self.config
         unit_rows = [] if config.tied else [self.decoder]
-        clip_grad_norm_(self.parameters.values(), config.gradient_clip, unit_rows=unit_rows)
+        clip_grad_norm_(
+            self.parameters.values(),
+            config.gradient_clip,
+            unit_rows=unit_rows,
+            total=self.ranks.total,
+            shared=[self.parameters[_SHARED]],
+        )
         for name, parameter in self.parameters.items():
             settings = Settings(
                 learning_rate,
@@ -167,7 +185,9 @@ class Learner:
         if not self.config.tied:
             # Only what turns a decoder row counts: its length is 1 and stays so.
             gradients["decoder"] = turning(gradients["decoder"], self.decoder)
-        norm = torch.stack([part.norm() for part in gradients.values()]).norm()
+        own = [part.norm() for name, part in gradients.items() if name != _SHARED]
+        squared = self.ranks.total(torch.stack(own).square().sum())
+        norm = (squared + gradients[_SHARED].norm().square()).sqrt()
         factor = (self.config.gradient_clip / norm.clamp_min(1e-30)).clamp_max(1.0)
         for name, part in gradients.items():
             self.parameters[name].grad = part.mul_(factor)
@@ -185,16 +205,16 @@ class Learner:
         config = self.config
         sae = self._sae()
         forward = LOSSES[config.mode].forward(sae, x, config, sparsity)
-        self.found = forward.found / x.shape[0]
+        self.found = self.ranks.total(forward.found) / x.shape[0]
         codes, error = forward.fired, forward.error
         self.unfired_tokens += x.shape[0]
         self.unfired_tokens[codes.indices.long()] = 0
         dead = (self.unfired_tokens >= config.dead_tokens).nonzero().flatten()
-        explains = bool(dead.numel() and config.aux_coefficient)
+        dead_count = int(self.ranks.total(dead.numel()))
         auxiliary = None
-        if explains:
-            k = min(config.resolved_aux_k(self.d_in), dead.numel())
-            auxiliary = Auxiliary(dead, k, config.aux_coefficient)
+        if dead_count and config.aux_coefficient:
+            k = min(config.resolved_aux_k(self.d_in), dead_count)
+            auxiliary = Auxiliary(dead, k, config.aux_coefficient, self.ranks)
         if not config.penalised:
             self._follow_threshold(codes.values)
 
@@ -220,14 +240,15 @@ class Learner:
         variance = (x - x.mean(0)).square().sum()
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
-        self.l0 = codes.nnz / x.shape[0]
-        return StepFigures(forward.loss, aux_loss, fvu, self.l0, dead.numel()), found
+        self.l0 = self.ranks.total(codes.nnz) / x.shape[0]
+        return StepFigures(forward.loss, aux_loss, fvu, self.l0, dead_count), found
 
     def _weights(self) -> Weights:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
     def _sae(self) -> Sae:
-        return Sae(self.parameters, self._finder(), self._decode)
+        find = self.ranks.finder(self._finder(), self.features)
+        return Sae(self.parameters, find, self._decode, self.ranks.total, self.first)
 
     def _finder(self) -> Finder:
         # A screen computes what it can't exclude one by one.
@@ -237,6 +258,9 @@ class Learner:
         return DenseFinder(self.parameters["encoder"], self.parameters["b_enc"])
 
     def _decode(self, codes: SparseCodes) -> Tensor:
+        return self.ranks.decoded(self._decode_own, codes)
+
+    def _decode_own(self, codes: SparseCodes) -> Tensor:
         if dense.is_dense(codes):
             return codes.to_dense() @ self.decoder
         if self.in_factors or self.by_kernels:
@@ -244,11 +268,12 @@ class Learner:
         return dense.decode(codes, self.decoder)
 
     def _follow_threshold(self, values: Tensor) -> None:
-        if values.numel() == 0:
+        smallest = self.ranks.least(float(values.min()) if values.numel() else math.inf)
+        if smallest == math.inf:
             return
         decay = self.config.threshold_memory
         # Divided by its own weight when read, as Adam's averages are, so the start is not 0.
-        self.threshold = decay * self.threshold + (1.0 - decay) * float(values.min())
+        self.threshold = decay * self.threshold + (1.0 - decay) * smallest
         self.threshold_weight = decay * self.threshold_weight + (1.0 - decay)
 
     @property
@@ -258,7 +283,7 @@ class Learner:
         return self.threshold / self.threshold_weight if self.threshold_weight else None
 
     def is_finite(self) -> bool:
-        """Whether no weight is NaN or infinite."""
+        """Whether no own weight is NaN or infinite."""
         return all(bool(tensor.isfinite().all()) for tensor in self.parameters.values())
 
     # -- what a checkpoint keeps --------------------------------------------------------------
@@ -289,6 +314,25 @@ class Learner:
             self.adam_state[name].clear()
             self.adam_state[name].update(parts)
         self.unfired_tokens.copy_(state["unfired_tokens"])
+
+
+def _first_directions(config: TrainConfig, d_in: int, start: int, end: int) -> Tensor:
+    """Rows ``start`` to ``end`` of the first encoder, without making all of them at once."""
+    # On the CPU whatever the device, so that the seed means the same weights everywhere.
+    generator = torch.Generator().manual_seed(config.seed)
+    result = torch.empty(end - start, d_in)
+    at = 0
+    while at < config.d_sae:
+        # Torch draws 16 numbers at a time: in such blocks it draws what it draws in one.
+        size = config.d_sae - at
+        if size >= 2 * _DRAWN_ROWS and end - start < config.d_sae:
+            size = _DRAWN_ROWS
+        block = _unit_rows(torch.randn(size, d_in, generator=generator))
+        low, high = max(start, at), min(end, at + size)
+        if low < high:
+            result[low - start : high - start] = block[low - at : high - at]
+        at += size
+    return result
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:

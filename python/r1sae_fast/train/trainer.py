@@ -22,6 +22,7 @@ from r1sae_fast.train import checkpoint, metrics
 from r1sae_fast.train.checkpoint import Checkpoint, Counters
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.metrics import Metrics, MetricsFile
+from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.standardise import Standardisation, draw
 from r1sae_fast.train.step import Learner, StepFigures
 from r1sae_fast.train.stopping import STATUS, told_to_stop
@@ -70,10 +71,7 @@ def train(
         ShardError: another process trains into the folder.
     """
     folder = Path(out_dir)
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = _core.FolderLock(folder)
-    try:
+    with locked(folder):
         run = Run(shards, folder, config, torch.device(device), resume=resume)
         run.go(
             checkpoint_seconds=checkpoint_seconds,
@@ -84,6 +82,21 @@ def train(
         sae = run.sae()
         sae.save(folder)
         return sae
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A run's folder, made if need be, for one writer at a time.
+
+    Raises:
+        FileExistsError, NotADirectoryError: it is something else.
+        ShardError: another process trains into it.
+    """
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _core.FolderLock(folder)
+    try:
+        yield
     finally:
         lock.release()
 
@@ -112,7 +125,10 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 class Run:
-    """A run in a folder that is locked, new or taken up from its checkpoint."""
+    """A run in a folder that is locked, new or taken up from its checkpoint.
+
+    All ``ranks`` make the same calls; the first one writes.
+    """
 
     def __init__(
         self,
@@ -122,14 +138,16 @@ class Run:
         device: torch.device,
         *,
         resume: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.shards, self.folder, self.config, self.device = shards, folder, config, device
+        self.ranks = ranks
         self.identity: dict[str, Any] = {
             **config.to_dict(),
             "shards": shards.fingerprint,
             "d_in": shards.d_in,
         }
-        saved = Checkpoint.read(folder)
+        saved = Checkpoint.read(folder, ranks)
         if saved is not None and not resume:
             raise FileExistsError(
                 f"{folder}: holds a run already; give another folder, or resume=True to go on"
@@ -141,10 +159,8 @@ class Run:
             at = saved.counters
             self.standardisation = Standardisation(saved.centre, at.scale, at.norm_limit)
         else:
-            self.standardisation = Standardisation.of(
-                shards, outlier_factor=config.outlier_factor, seed=config.seed
-            )
-        self.learner = Learner(config, shards.d_in, device)
+            self.standardisation = self._measured()
+        self.learner = Learner(config, shards.d_in, device, ranks=ranks)
         if saved is None and config.mode == "jumprelu":
             rows = draw(shards, _FIRST_ROWS, config.seed)
             self.learner.start(self.standardisation.apply(rows, device)[0])
@@ -155,6 +171,7 @@ class Run:
             drop_last=True,
             epochs=None,
             pin_memory=device.type == "cuda",
+            part=ranks.part,
         )
         self.counters = Counters(
             scale=self.standardisation.scale, norm_limit=self.standardisation.norm_limit
@@ -167,8 +184,26 @@ class Run:
             self.learner.threshold_weight = saved.counters.threshold_weight
             self.learner.l0, self.learner.found = saved.counters.l0, saved.counters.found
 
+    def _measured(self) -> Standardisation:
+        """What the first rank finds: another kind of CPU might round otherwise."""
+        shards, config = self.shards, self.config
+        found = torch.zeros(shards.d_in + 2, dtype=torch.float64)
+        if self.ranks.is_first:
+            measured = Standardisation.of(
+                shards, outlier_factor=config.outlier_factor, seed=config.seed
+            )
+            found[:-2] = measured.centre
+            found[-2:] = torch.tensor([measured.scale, measured.norm_limit], dtype=torch.float64)
+        found = self.ranks.from_first(found)
+        return Standardisation(found[:-2].float(), float(found[-2]), float(found[-1]))
+
     def save(self) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint.
+
+        Raises:
+            RuntimeError: ranks that train the same weights have come apart.
+        """
+        self.ranks.require_equal(self.learner.parameters.values())
         self.counters.threshold = self.learner.threshold
         self.counters.threshold_weight = self.learner.threshold_weight
         self.counters.l0, self.counters.found = self.learner.l0, self.learner.found
@@ -178,7 +213,7 @@ class Run:
             self.loader.state_dict(),
             self.standardisation.centre,
             self.learner.tensors(),
-        ).write(self.folder)
+        ).write(self.folder, self.ranks)
 
     def go(
         self,
@@ -192,16 +227,17 @@ class Run:
         counters, config = self.counters, self.config
         if counters.step >= config.steps:
             return
-        log = MetricsFile(self.folder, counters.step)
+        first = self.ranks.is_first
+        log = MetricsFile(self.folder, counters.step) if first else None
         averages = _Averages()
         saved = time.monotonic()
         batches = iter(self.loader)
         with (
-            _bar(config.steps, counters.step, progress) as shown,
+            _bar(config.steps, counters.step, progress if first else False) as shown,
             told_to_stop() as stopping,
         ):
             while counters.step < config.steps:
-                x, left_out = self.standardisation.apply(next(batches), self.device)
+                x, left_out = self.standardisation.apply(next(batches), self.device, self.ranks)
                 rate = config.rate(counters.step)
                 share = config.sparsity_share(counters.step)
                 figures = self.learner.step(x, rate, share) if x.shape[0] else None
@@ -210,13 +246,17 @@ class Run:
                 counters.left_out += left_out
                 if figures is not None:
                     averages.add(figures, x.shape[0])
-                stop = stopping()
+                (stop,) = self.ranks.agree(stopping())
                 last = counters.step == config.steps or stop
                 # A checkpoint goes with a line, so that a resumed run's means are over the same
                 # steps.
                 if counters.step % log_every and not last:
                     continue
-                if not (averages.is_finite() and self.learner.is_finite()):
+                finite = averages.is_finite() and self.learner.is_finite()
+                # The first rank's clock is theirs all.
+                late = first and time.monotonic() - saved > checkpoint_seconds
+                diverged, due = self.ranks.agree(not finite, last or late)
+                if diverged:
                     raise TrainingDivergedError(
                         f"loss or weights are not finite by step {counters.step}; the last "
                         f"checkpoint in {self.folder} was kept: lower the learning rate, and train "
@@ -224,20 +264,22 @@ class Run:
                     )
                 if averages.tokens:
                     line = self._metrics(averages, rate)
-                    log.append(line)
                     averages = _Averages()
-                    shown(counters.step, line)
+                    if log is not None:
+                        log.append(line)
+                        shown(counters.step, line)
                     if on_metrics is not None:
                         on_metrics(line)
-                if last or time.monotonic() - saved > checkpoint_seconds:
+                if due:
                     self.save()
                     saved = time.monotonic()
                 if stop and counters.step < config.steps:
-                    print(  # noqa: T201  # what a batch job's log is read for
-                        f"{self.folder}: told to stop; saved at step {counters.step} of "
-                        f"{config.steps}, go on with the same command",
-                        file=sys.stderr,
-                    )
+                    if first:
+                        print(  # noqa: T201  # what a batch job's log is read for
+                            f"{self.folder}: told to stop; saved at step {counters.step} of "
+                            f"{config.steps}, go on with the same command",
+                            file=sys.stderr,
+                        )
                     raise SystemExit(STATUS)
 
     def _metrics(self, averages: _Averages, rate: float) -> Metrics:
@@ -250,24 +292,39 @@ class Run:
             fvu=means["fvu"],
             l0=means["l0"],
             dead_fraction=averages.dead / self.config.d_sae,
-            threshold=float(self._threshold().mean()),
+            threshold=self._mean_threshold(),
             learning_rate=rate,
             left_out=self.counters.left_out,
             tokens_per_second=averages.tokens / max(time.monotonic() - averages.started, 1e-9),
         )
 
-    def _threshold(self) -> Tensor:
-        """Of the SAE, ``[]`` or ``[d_sae]``, in the units of raw codes; 0 before the first step."""
+    def _mean_threshold(self) -> float:
+        found = self._threshold(self.learner.parameters)
+        if found.dim() == 0:
+            return float(found)
+        return self.ranks.total(float(found.double().sum())) / self.config.d_sae
+
+    def _threshold(self, parameters: dict[str, Tensor]) -> Tensor:
+        """Of the SAE, ``[]``, or one for each of the parameters' features, in the units of raw
+        codes; 0 before the first step."""
         learner, scale = self.learner, self.standardisation.scale
-        if "log_threshold" in learner.parameters:
-            return learner.parameters["log_threshold"].detach().cpu().exp() / scale
+        if "log_threshold" in parameters:
+            return parameters["log_threshold"].detach().cpu().exp() / scale
         return torch.tensor((learner.mean_threshold or 0.0) / scale)
 
     def sae(self) -> FastSAE:
-        """The SAE as it stands, for raw activations; see :mod:`r1sae_fast.train.standardise`."""
+        """The SAE as it stands, for raw activations; see :mod:`r1sae_fast.train.standardise`.
+
+        Where features are split among ranks, as it was saved last.
+        """
         config, learner = self.config, self.learner
         scale, centre = self.standardisation.scale, self.standardisation.centre
         weights = {name: tensor.detach().cpu() for name, tensor in learner.parameters.items()}
+        if learner.features < config.d_sae:
+            saved = Checkpoint.read(self.folder, only=weights)
+            if saved is None:
+                raise FileNotFoundError(f"{self.folder / checkpoint.FILE}: nothing was saved yet")
+            weights = saved.tensors
         encoder = weights["encoder"]
         sae = FastSAE(
             self.shards.d_in,
@@ -286,7 +343,7 @@ class Run:
             sae.b_enc.copy_(weights["b_enc"] / scale - shift)
             sae.b_dec.copy_(weights["b_dec"] / scale + centre)
             if config.penalised or learner.mean_threshold is not None:
-                sae.threshold = self._threshold()
+                sae.threshold = self._threshold(weights)
         sae.metadata = {
             "training": config.to_dict(),
             "tokens": self.counters.tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,14 +28,33 @@ class Finder(Protocol):
         """As :func:`r1sae_fast.ops.threshold`."""
 
 
+Number = TypeVar("Number", float, Tensor)
+
+
+class Total(Protocol):
+    """The sum of a number over all features, of that over own ones."""
+
+    def __call__(self, value: Number, /) -> Number:
+        """A number, or a tensor of one."""
+
+
+def _all_are_own(value: Number, /) -> Number:
+    return value
+
+
 @dataclass(frozen=True)
 class Sae:
-    """An SAE in training, as losses see it."""
+    """An SAE in training, as losses see it: all rows of a batch, and the process's own features
+    (:mod:`r1sae_fast.train.parallel`), which are all where there is one process."""
 
     parameters: Parameters
     find: Finder
     decode: Callable[[SparseCodes], Tensor]
-    """Codes times the decoder, ``[rows, d_in]``, without ``b_dec``."""
+    """Codes times the decoder, ``[rows, d_in]``, without ``b_dec``: of own codes what those of all
+    features make."""
+    total: Total = _all_are_own
+    first: int = 0
+    """Number of the first own feature among all."""
 
 
 class Part(NamedTuple):
@@ -65,7 +84,7 @@ class Forward(NamedTuple):
     of_b_dec: Tensor
     """``[rows, d_in]``; ``2 / numel`` times its sum over rows is the gradient of b_dec."""
     found: int
-    """Pre-activations that were looked at: the codes, and any besides."""
+    """Own pre-activations that were looked at: the codes, and any besides."""
 
 
 class Definition(NamedTuple):

@@ -21,6 +21,7 @@ positive pre-activations are near: zeros that relu made say nothing about the de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,13 +110,13 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
     of_codes = of_below = None
     if config.sparsity == "tanh":
         bent = (slope * codes.values).tanh()
-        penalty = coefficient * bent.sum()
+        penalty = coefficient * sae.total(bent.sum())
         of_codes = coefficient * slope * (1.0 - bent.square())
         of_below = x.new_tensor(coefficient * slope)
     elif config.sparsity == "l0":
-        penalty = x.new_tensor(coefficient * codes.nnz)
+        penalty = x.new_tensor(coefficient * sae.total(codes.nnz))
     else:
-        missed = codes.nnz / x.shape[0] / config.needed_k - 1.0
+        missed = sae.total(codes.nnz) / x.shape[0] / config.needed_k - 1.0
         penalty = x.new_tensor(coefficient * x.shape[0] * missed**2)
     parts = [Part(codes, error, of_codes), Part(below, error, of_below, learns=False)]
     return Forward(codes, squared / x.numel() + penalty, error, squared, parts, error, found.nnz)
@@ -127,7 +128,7 @@ def gradient_of_log_threshold(
     """``[d_sae]``, from the gradients of the two parts' values."""
     theta = sae.parameters["log_threshold"].exp()
     width = config.width * math.sqrt(found.error.shape[1])
-    of_step = _gradient_of_step(found, config, share)
+    of_step = _gradient_of_step(found, sae.total(found.fired.nnz), config, share)
     result = torch.zeros_like(theta)
     for part, of_value in zip(found.parts, of_values, strict=True):
         features = part.codes.indices.long()
@@ -138,23 +139,27 @@ def gradient_of_log_threshold(
     return result.mul_(theta)
 
 
-def _gradient_of_step(found: Forward, config: TrainConfig, share: float) -> float:
-    """Of the penalty in whether a pre-activation is kept, the same for all."""
+def _gradient_of_step(found: Forward, fired: float, config: TrainConfig, share: float) -> float:
+    """Of the penalty in whether a pre-activation is kept, the same for all of the ``fired``."""
     if config.sparsity == "tanh":
         return 0.0
     coefficient = share * config.penalty / found.error.shape[0]
     if config.sparsity == "l0":
         return coefficient
-    l0 = found.fired.nnz / found.error.shape[0]
+    l0 = fired / found.error.shape[0]
     return coefficient * 2.0 * (l0 / config.needed_k - 1.0) / config.needed_k
 
 
-def first_log_threshold(sae: Sae, x: Tensor, config: TrainConfig) -> float:
+def first_log_threshold(
+    sae: Sae, x: Tensor, config: TrainConfig, least: Callable[[float], float] = float
+) -> float:
     """With which rows ``x`` get so many codes as the run begins with.
 
     A threshold that all features share and that is far off takes Adam thousands of steps to mend,
-    and below a half bandwidth every positive pre-activation is near it.
+    and below a half bandwidth every positive pre-activation is near it. ``least`` is that over
+    all features of numbers of own ones.
     """
     wanted = config.first_l0
     codes = sae.find.batch_topk(x, wanted, check_finite=False)
-    return math.log(max(float(codes.values.min()), 1e-6)) if codes.nnz else 0.0
+    smallest = least(float(codes.values.min()) if codes.nnz else math.inf)
+    return math.log(max(smallest, 1e-6)) if math.isfinite(smallest) else 0.0

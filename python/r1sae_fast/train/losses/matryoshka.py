@@ -45,7 +45,7 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
     """The loss of standardised rows ``x [rows, d_in]``; ``share`` has no say in it."""
     del share
     codes = topk.find(sae, x, config)
-    levels = split(codes, config.prefixes)
+    levels = split(codes, config.prefixes, sae.first)
     error, errors = sae.parameters["b_dec"] - x, []
     for level in levels:
         error = sae.decode(level).add_(error)
@@ -58,8 +58,9 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
     return Forward(codes, squares.sum() / x.numel(), error, squares[-1], parts, sums[0], codes.nnz)
 
 
-def split(codes: SparseCodes, prefixes: tuple[int, ...]) -> list[SparseCodes]:
-    """The codes of each level, in order: of features from the width before up to its own."""
-    bounds = torch.tensor(prefixes, device=codes.device)
+def split(codes: SparseCodes, prefixes: tuple[int, ...], first: int = 0) -> list[SparseCodes]:
+    """The codes of each level, in order: of features from the width before up to its own.
+    ``first`` is the number of the codes' first feature."""
+    bounds = torch.tensor(prefixes, device=codes.device) - first
     level = torch.bucketize(codes.indices, bounds, right=True)
     return [only(codes, level == number) for number in range(len(prefixes))]

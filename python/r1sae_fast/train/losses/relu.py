@@ -43,6 +43,6 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
     error = sae.decode(codes).add_(sae.parameters["b_dec"]).sub_(x)
     squared = error.square().sum()
     of_a_code = share * config.penalty / (x.shape[0] * math.sqrt(x.shape[1]))
-    loss = squared / x.numel() + of_a_code * codes.values.sum()
+    loss = squared / x.numel() + of_a_code * sae.total(codes.values.sum())
     part = Part(codes, error, extra=x.new_tensor(of_a_code))
     return Forward(codes, loss, error, squared, [part], error, codes.nnz)

@@ -1,0 +1,133 @@
+"""A training run of many processes: what each of them calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from r1sae_fast.sae import FastSAE
+from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.metrics import Metrics
+from r1sae_fast.train.parallel.collect import gather
+from r1sae_fast.train.parallel.grid import Grid, begin
+from r1sae_fast.train.parallel.layout import Layout
+from r1sae_fast.train.trainer import Run, locked
+
+__all__ = ["is_launched", "processes", "train_in_parallel"]
+
+
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or a launcher that sets its variables, has started this process."""
+    return all(name in environment for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def processes(environment: Mapping[str, str] = os.environ) -> int:
+    """How many of them it has started."""
+    return int(environment["WORLD_SIZE"])
+
+
+def train_in_parallel(
+    shards: ActivationShards,
+    out_dir: str | os.PathLike[str],
+    config: TrainConfig,
+    layout: Layout,
+    *,
+    resume: bool = True,
+    device: torch.device | str = "cpu",
+    checkpoint_seconds: float = 60.0,
+    log_every: int | None = None,
+    progress: bool | None = None,
+    on_metrics: Callable[[Metrics], None] | None = None,
+) -> FastSAE | None:
+    """:func:`r1sae_fast.train.train` in ``layout.processes`` processes, all of which call it.
+
+    They are started by torchrun (or have called ``torch.distributed.init_process_group``), read
+    the same shards and see the same folder. Selection, dead counts, norms and averages are those
+    of the whole batch and all features: the weights are a single process's but for the order in
+    which numbers are added up. So is the checkpoint: a run may go on in any number of processes.
+
+    Args:
+        shards: what to train on; each process reads its part of every batch.
+        out_dir: on a file system that all processes share; the first one writes.
+        config: everything that decides the weights.
+        layout: how rows and features are shared out.
+        resume: as for one process.
+        device: "cpu", or "cuda" for the GPU of each process's ``LOCAL_RANK``.
+        checkpoint_seconds: by the first process's clock.
+        log_every: as for one process.
+        progress: the first process's.
+        on_metrics: called in every process.
+
+    Returns:
+        The SAE in the first process, None in the others.
+
+    Raises:
+        ValueError: another number of processes than the layout's, or of other settings.
+        LostRankError: another process is gone.
+        Exception: what :func:`r1sae_fast.train.train` raises.
+    """
+    at = torch.device(device)
+    if at.type == "cuda" and at.index is None:
+        at = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(at)
+    with _group(at, layout):
+        layout.require(dist.get_world_size(), config.d_sae)
+        grid = Grid(layout, at)
+        folder = Path(out_dir)
+        with locked(folder) if grid.is_first else nullcontext():
+            # Others look into the folder once it is there.
+            grid.agree(True)
+            run = Run(shards, folder, config, at, resume=resume, ranks=grid)
+            _require_same_run(grid, run)
+            run.go(
+                checkpoint_seconds=checkpoint_seconds,
+                log_every=max(1, config.steps // 200) if log_every is None else log_every,
+                progress=progress,
+                on_metrics=on_metrics,
+            )
+            sae = None
+            if grid.is_first:
+                sae = run.sae()
+                sae.save(folder)
+            # None ends, and is found missing, while another still works.
+            grid.agree(True)
+            return sae
+
+
+@contextmanager
+def _group(device: torch.device, layout: Layout) -> Iterator[None]:
+    """The default process group: the caller's, or one for the time of the run."""
+    if dist.is_initialized():
+        yield
+        return
+    begin(device, layout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _require_same_run(grid: Grid, run: Run) -> None:
+    """Raises ValueError where ranks were told of different runs, or see different checkpoints."""
+    said: dict[str, Any] = {**run.identity, "step": run.counters.step}
+    texts = [json.dumps([name, said[name]], default=str) for name in sorted(said)]
+    sums = [hashlib.sha256(text.encode()).digest()[:7] for text in texts]
+    own = torch.tensor([int.from_bytes(one, "little") for one in sums], device=grid.device)
+    every = gather(own, grid.place.world)
+    differs = (every != every[0]).nonzero()
+    if differs.numel():
+        rank, at = (int(number) for number in differs[0])
+        name = sorted(said)[at]
+        raise ValueError(
+            f"rank {rank} has another {name} than rank 0 (rank {grid.rank}: {said[name]!r}); give "
+            "all the same settings, shards, and a folder on a file system that they share"
+        )

@@ -1,0 +1,90 @@
+"""Ranks that train together have the weights that one process has, in all architectures."""
+
+import subprocess
+from collections.abc import Callable
+
+RunRanks = Callable[..., subprocess.CompletedProcess[str]]
+
+PROGRAM = r"""
+import torch
+from r1sae_fast.train import TrainConfig
+from r1sae_fast.train.parallel.grid import Grid
+from r1sae_fast.train.step import Learner
+
+layouts = [(1, 2), (2, 1), (2, 2)]
+CPU = torch.device("cpu")
+CASES = [
+    {"mode": "batch_topk", "k": 4},
+    {"mode": "topk", "k": 4},
+    {"mode": "batch_topk", "k": 3, "tied": True},
+    {"mode": "batch_topk", "k": 4, "adam": "sparse"},
+    {"mode": "matryoshka", "k": 4},
+    {"mode": "jumprelu", "k": 4},
+    {"mode": "jumprelu", "sparsity_loss": "l0"},
+    {"mode": "jumprelu", "sparsity_loss": "tanh"},
+    {"mode": "relu"},
+]
+# The bar is for 200 steps of both forms; one mode runs so many, the others fewer.
+STEPS, FEWER, ROWS, D_SAE, D_IN = 200, 60, 37, 61, 24
+
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    features = torch.nn.functional.normalize(torch.randn(40, D_IN, generator=generator), dim=1)
+    for _ in range(STEPS):
+        on = torch.rand(ROWS, 40, generator=generator) < 0.08
+        strengths = on * (1 + torch.rand(ROWS, 40, generator=generator))
+        yield strengths @ features * 3 + 0.05 * torch.randn(ROWS, D_IN, generator=generator)
+
+BATCHES = list(batches())
+
+def train(case, way, **ranks):
+    steps = STEPS if case is CASES[0] else FEWER
+    # Features die soon, so that the auxiliary loss is in force.
+    config = TrainConfig(
+        d_sae=D_SAE, tokens=STEPS * ROWS, batch_size=ROWS, learning_rate=1e-3,
+        dead_after_tokens=5 * ROWS, **case,
+    )
+    learner = Learner(config, D_IN, CPU, **way, **ranks)
+    learner.start(BATCHES[0])
+    figures, dead = [], 0
+    for number, x in enumerate(BATCHES[:steps]):
+        share = config.sparsity_share(number)
+        found = learner.step(x, config.rate(number), share)
+        figures.append((float(found.loss), float(found.aux_loss), float(found.fvu), found.l0))
+        dead += found.dead
+    return learner, torch.tensor(figures), dead
+
+WAYS = [{}, {"in_factors": False}, {"in_factors": False, "by_kernels": True}]
+
+def cases():
+    for case in CASES:
+        for way in WAYS if case is CASES[0] else WAYS[:1]:
+            yield case, way
+
+def before():
+    known = [train(case, way) for case, way in cases()]
+    # The auxiliary loss was there.
+    assert all(dead for (case, _), (_, _, dead) in zip(cases(), known) if case["mode"] != "relu")
+    return known
+
+def work(layout, rank, known):
+    grid = Grid(layout, CPU)
+    for (case, way), (one, figures, dead) in zip(cases(), known):
+        many, found, found_dead = train(case, way, ranks=grid)
+        own = slice(many.first, many.first + many.features)
+        for name, tensor in many.parameters.items():
+            expected = one.parameters[name] if name == "b_dec" else one.parameters[name][own]
+            torch.testing.assert_close(
+                tensor, expected, rtol=0, atol=1e-5, msg=lambda text: f"{case} {name}: {text}"
+            )
+        assert torch.equal(many.unfired_tokens, one.unfired_tokens[own]), case
+        torch.testing.assert_close(found, figures, rtol=1e-4, atol=1e-5)
+        assert found_dead == dead, case
+        if one.mean_threshold is not None:
+            assert abs(many.mean_threshold - one.mean_threshold) < 1e-5, case
+"""
+
+
+def test_the_weights_of_one_process(run_ranks: RunRanks) -> None:
+    result = run_ranks(PROGRAM)
+    assert result.returncode == 0, result.stderr
