@@ -25,7 +25,7 @@ CASES = [
     {"mode": "relu"},
 ]
 # The bar is for 200 steps of both forms; one mode runs so many, the others fewer.
-STEPS, FEWER, ROWS, D_SAE, D_IN = 200, 60, 37, 61, 24
+STEPS, FEWER, ROWS, D_SAE, D_IN = 200, 40, 37, 61, 24
 
 def batches():
     generator = torch.Generator().manual_seed(1)
@@ -38,7 +38,7 @@ def batches():
 BATCHES = list(batches())
 
 def train(case, way, **ranks):
-    steps = STEPS if case is CASES[0] else FEWER
+    steps = FEWER if way or case is not CASES[0] else STEPS
     # Features die soon, so that the auxiliary loss is in force.
     config = TrainConfig(
         d_sae=D_SAE, tokens=STEPS * ROWS, batch_size=ROWS, learning_rate=1e-3,

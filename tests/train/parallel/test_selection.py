@@ -21,7 +21,7 @@ def compare(whole, own, first, end):
 def work(layout, rank, known):
     grid = Grid(layout, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    for number in range(60):
+    for number in range(30):
         rows = int(torch.randint(1, 20, (), generator=generator))
         features = int(torch.randint(layout.latents, 24, (), generator=generator))
         # Few different values: ties within rows, across rows, across ranks.
@@ -36,7 +36,7 @@ def work(layout, rank, known):
         first, end = grid.own(features)
         own = DenseFinder(torch.eye(features)[first:end], torch.zeros(end - first))
         find = grid.finder(own, end - first)
-        for k in sorted({1, 2, max(1, features // 2), features}):
+        for k in sorted({1, min(2, features), features // 2 or 1, features}):
             compare(ops.topk(x, k), find.topk(x, k, check_finite=False), first, end)
             compare(ops.batch_topk(x, k), find.batch_topk(x, k, check_finite=False), first, end)
         theta = torch.randint(0, high, (features,), generator=generator).float()
