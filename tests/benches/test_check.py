@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,12 @@ from harness.compare import Ratio, compare, read_baseline, write_baseline
 from harness.timing import Budget, Result, in_turns
 
 BENCH = """
-import os, time
+import os, types
+import harness.timing
+now = [0.0]  # a clock of its own: a loaded machine's sleeps are longer than asked for
+harness.timing.time = types.SimpleNamespace(perf_counter=lambda: now[0])
+def sleep(seconds):
+    now[0] += seconds
 def test_fake(versus):
     flag = os.environ.get("FAKE_SLOW_ONCE")
     slow = os.environ.get("FAKE_SLOW") == "1"
@@ -20,7 +26,7 @@ def test_fake(versus):
         os.remove(flag)
         slow = True
     ours = 0.06 if slow else 0.03
-    versus("fake", ours=lambda: time.sleep(ours), torch=lambda: time.sleep(0.09), rounds=7)
+    versus("fake", ours=lambda: sleep(ours), torch=lambda: sleep(0.09), rounds=7)
 """
 
 
@@ -68,9 +74,16 @@ def test_a_contest_of_the_disk_is_not_compared() -> None:
     assert compare([result], {}) == []
 
 
-def test_a_sleep_in_an_operation_is_found() -> None:
+def test_a_sleep_in_an_operation_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("harness.timing.time", clock)
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
     def contest(seconds: float) -> dict[str, Any]:
-        calls = {"ours": lambda: time.sleep(seconds), "torch": lambda: time.sleep(0.006)}
+        calls = {"ours": lambda: sleep(seconds), "torch": lambda: sleep(0.006)}
         return in_turns("op", calls, Budget(rounds=7)).summary()
 
     baseline = {"op": Ratio.of(contest(0.002))}

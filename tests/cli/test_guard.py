@@ -134,7 +134,7 @@ def test_a_real_sigint_to_a_real_process() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=1800)
     assert process.returncode == 130
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
@@ -143,7 +143,7 @@ def test_a_real_sigint_to_a_real_process() -> None:
 def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -m r1sae_fast.cli.main info | head -n 1"
     result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-c", command], capture_output=True, text=True, timeout=1800, check=True
     )
     assert result.stderr == ""
     assert result.stdout.startswith("r1sae-fast")

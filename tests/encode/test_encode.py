@@ -1,6 +1,7 @@
 """encode_shards(): row for row what the SAE says, whatever interrupts it, in the mode it says."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -191,7 +192,7 @@ def test_two_encodings_into_one_folder(
     calibrated: FastSAE, shards: ActivationShards, tmp_path: Path
 ) -> None:
     def again(rows: int) -> None:
-        with pytest.raises(ShardError, match=str(tmp_path / "codes")):
+        with pytest.raises(ShardError, match=re.escape(str(tmp_path / "codes"))):
             encode_shards(calibrated, shards, tmp_path / "codes", progress=False)
 
     encode_shards(calibrated, shards, tmp_path / "codes", progress=False, on_rows=again)
@@ -240,7 +241,7 @@ def test_an_encoding_killed_at_random_moments(
             process.kill()
             if process.wait() != -signal.SIGKILL:
                 break  # it was quicker
-    assert subprocess.run(command, timeout=120, check=False).returncode == 0
+    assert subprocess.run(command, timeout=1800, check=False).returncode == 0
     monkeypatch.setattr("r1sae_fast.encode._ROWS_PER_SHARD", 64)
     encode_shards(
         calibrated, shards, tmp_path / "undisturbed", mode="batch_topk", batch_rows=8,

@@ -1,7 +1,6 @@
 """Queries give what sorting the codes by hand gives."""
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -268,10 +267,6 @@ def test_export_writes_every_table(database: FeatureDB, tmp_path: Path) -> None:
     assert len(list((tmp_path / "parquet").iterdir())) == len(files)
 
 
-_SLACK = 4.0
-"""Seconds for which a busy machine may stand still; the work would take far longer."""
-
-
 class _StopNow(Exception):
     """Raised by a signal's handler, as ctrl-c raises KeyboardInterrupt."""
 
@@ -282,15 +277,13 @@ def test_a_signal_stops_a_query_at_once(database: FeatureDB) -> None:
         raise _StopNow
 
     before = signal.signal(signal.SIGALRM, stop)
-    start = time.monotonic()
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        with pytest.raises(_StopNow):
+        with pytest.raises(_StopNow):  # noqa: PT012  # nor may it come before
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
             # A million times a million rows: days.
             database.sql(
                 "SELECT sum(sqrt(a.range) * b.range) FROM range(1000000) a, range(1000000) b"
             )
-        assert time.monotonic() - start < 0.3 + 1.0 + _SLACK
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -22,7 +22,7 @@ def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path) -> None:
         [sys.executable, str(script), str(checkpoint), str(tmp_path), str(KILLS), "1"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=False,
     )
     assert run.returncode == 0, run.stderr

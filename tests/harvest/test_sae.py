@@ -43,8 +43,9 @@ def assert_same(folder: Path, expected: Path) -> None:
     found, wanted = rows(folder), rows(expected)
     for name in COLUMNS:
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
-    for name in ("values", "indices", "row_offsets"):
-        assert torch.equal(getattr(found.codes, name), getattr(wanted.codes, name)), name
+    # The last bits of products depend on the number of rows.
+    dense = found.codes.to_dense(), wanted.codes.to_dense()
+    torch.testing.assert_close(*dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
@@ -88,7 +89,7 @@ def test_stopped_and_gone_on_with(engine: LocalEngine, sae: FastSAE, tmp_path: P
 
 def test_outliers_get_no_codes(engine: LocalEngine, sae: FastSAE, tmp_path: Path) -> None:
     norms = engine.residuals([engine.encode_prompt(PROMPTS[0])], 1)[0].float().norm(dim=1)
-    limit = float(norms.median())
+    limit = 1.001 * float(norms.median())  # not at a row's own norm
     harvest(engine, PROMPTS, 1, tmp_path / "a", mode="prefill", **QUICK)
     encode_shards(sae, tmp_path / "a", tmp_path / "b", norm_limit=limit, progress=False)
     harvest(engine, PROMPTS, 1, tmp_path / "c", mode="prefill", sae=sae, norm_limit=limit, **QUICK)

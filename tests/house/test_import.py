@@ -14,7 +14,7 @@ HEAVY = ("torch", "numpy", "transformers", "duckdb", "matplotlib", "pyarrow", "h
 
 def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=1800)
 
 
 @pytest.mark.parametrize("module", ["r1sae_fast", "r1sae_fast.cli.main"])

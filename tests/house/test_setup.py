@@ -38,7 +38,7 @@ def setup_tools(programs: Path) -> str:
     environment = {"PATH": str(programs), "HOME": str(programs.parent), "VENV": str(venv)}
     result = subprocess.run(
         [BASH, str(ROOT / ".ci" / "setup"), "tools"],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
+        env=environment, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert result.returncode == 1
     assert not venv.exists()
@@ -90,7 +90,13 @@ def test_a_python_without_venv(programs: Path) -> None:
 def test_make_help_lists_the_verbs() -> None:
     environment = {**os.environ, "MAKEFLAGS": ""}
     result = subprocess.run(
-        ["make"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+        ["make"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=True,
     )
     for verb in ("help", "demo", "test", "lint", "bench", "wheel", "docs-check", "clean"):
         assert f"make {verb} " in result.stdout

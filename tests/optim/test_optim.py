@@ -176,14 +176,17 @@ def test_rows_that_never_fired_are_moved_by_no_bit_but_by_momentum() -> None:
 @pytest.mark.parametrize("untouched", ["decay", "freeze"])
 def test_rows_without_codes(untouched: str) -> None:
     """Against torch.optim.Adam and torch.optim.SparseAdam."""
-    weight = torch.randn(9, 5)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 5, generator=generator)
     mine, theirs = (torch.nn.Parameter(weight.clone()) for _ in range(2))
     optimizer = Adam([mine], lr=0.1, untouched=untouched)  # type: ignore[arg-type]  # parametrized
     kind = torch.optim.Adam if untouched == "decay" else torch.optim.SparseAdam
     reference = kind([theirs], lr=0.1)
     for step in range(6):
         features = torch.tensor([[0, 3, 4], [3, 8], [1]][step % 3])
-        rows = torch.randn(len(features), 5)
+        # Away from 0: SparseAdam's eps comes before the correction of the bias, Adam's after it.
+        rows = torch.rand(len(features), 5, generator=generator) + 0.5
+        rows *= torch.randint(0, 2, rows.shape, generator=generator) * 2 - 1
         gradient = FactoredGradient(9, 5)
         gradient.add_rows(features, rows)
         mine.factored_grad = gradient  # type: ignore[attr-defined]

@@ -135,7 +135,7 @@ def test_attention_on_the_cache(
     assert torch.equal(cache, other)
     assert not torch.equal(cache, before)
     error = float((found - expected).norm() / expected.norm())
-    assert error < (1e-6 if dtype == torch.float32 else 2**-7)
+    assert error < (5e-6 if dtype == torch.float32 else 2**-7)
 
 
 def test_what_rust_does_not_take() -> None:

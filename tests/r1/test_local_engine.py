@@ -104,7 +104,7 @@ def test_generation_ends_with_the_context(engine: LocalEngine) -> None:
 
 def test_bf16(checkpoint: Path) -> None:
     engine = LocalEngine.from_pretrained(checkpoint)
-    generations = engine.generate(QUESTIONS, max_new_tokens=10)
+    generations = engine.generate(QUESTIONS, max_new_tokens=10, stop_ids=[])
     assert [len(g.tokens) - g.prompt_length for g in generations] == [10] * 4
     ids = generations[2].tokens
     residual = engine.residuals([ids], 2)

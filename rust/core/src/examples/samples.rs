@@ -226,7 +226,7 @@ mod tests {
         fn keeps_the_first_ranks(
             per_bin in 0usize..5,
             seed: u64,
-            rows in prop::collection::hash_set(0i64..100, 0..30),
+            rows in prop::collection::btree_set(0i64..100, 0..30),
         ) {
             let mut samples = Samples::new(2, per_bin, seed);
             let ranking = samples.ranking();
