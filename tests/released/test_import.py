@@ -68,7 +68,7 @@ def test_refusals_leave_everything_as_it_was(
         with pytest.raises(error, match=message):
             import_database(options.pop("source", source), options.pop("to", out), **options)
         assert out.read_bytes() == b"old"
-        assert {file.name for file in tmp_path.iterdir()} <= {"out.ddb", "logic", "x.ddb"}
+        assert {file.name for file in tmp_path.iterdir()} <= {"out.ddb", "logic", "text", "x.ddb"}
 
     refused(FileExistsError, "exists already; pass overwrite=True")
     refused(ValueError, r"max_memory is 1 MB; this process uses .* at least",
