@@ -9,6 +9,7 @@ from r1sae_fast import FastSAE
 from r1sae_fast.cli.main import app
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train import TrainConfig, read_train_file
+from r1sae_fast.train.engine_settings import EngineSettings
 
 
 def write(path: Path, text: str) -> Path:
@@ -87,3 +88,56 @@ def test_the_command(shards: ActivationShards, tmp_path: Path) -> None:
     run = CliRunner().invoke(app, ["train", str(shards.folder)])
     assert run.exit_code == 1
     assert "give the folder for the SAE" in run.output
+
+
+def test_tables(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "run.toml",
+        "out = 'b'\nlog = ['tensorboard']\n[data]\nengine = 'tiny-r1'\ntexts = 'texts.jsonl'\n"
+        "layer = 1\nbuffer_rows = 4096\n[sweep]\nd_sae = [64, 128]\nk = [4, 8]\n",
+    )
+    file = read_train_file(path)
+    assert file.shards is None
+    assert file.data == EngineSettings("tiny-r1", "texts.jsonl", 1, buffer_rows=4096)
+    assert file.log == ("tensorboard",)
+    assert file.sweep is not None
+    assert list(file.sweep) == ["d_sae=64,k=4", "d_sae=64,k=8", "d_sae=128,k=4", "d_sae=128,k=8"]
+    assert file.sweep["d_sae=128,k=4"] == TrainConfig(128, 4, data_seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[data]\nengine = 'a'", r"\[data\] lacks texts"),
+        ("[data]\nengin = 'a'", r"unknown key 'engin' in \[data\]; did you mean 'engine'"),
+        ("[data]\nengine = 'a'\ntexts = 'b'\nlayer = 'c'", r"\[data\]: layer is 'c'; expected an"),
+        (
+            "[data]\nengine = 'a'\ntexts = 'b'\nlayer = 1\ndtype = 'int8'",
+            r"\[data\]: dtype is 'int8'; expected one of bfloat16, float32",
+        ),
+        ("shards = 'a'\n[data]\nengine = 'a'", r"has both shards and \[data\]"),
+        ("shards = 'a'\n[sweep]\nkk = [1]", "unknown key 'kk' in the sweep"),
+        ("shards = 'a'\n[sweep]\nk = 1", "k of the sweep is 1; expected a list"),
+        ("shards = 'a'\nsweep = 1", r"sweep is 1; expected a table, \[sweep\]"),
+    ],
+)
+def test_bad_tables(text: str, words: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "run.toml", f"out = 'b'\nd_sae = 4\nk = 2\n{text}")
+    with pytest.raises((TypeError, ValueError), match=f"run.toml: {words}"):
+        read_train_file(path)
+
+
+def test_the_command_with_an_engine_and_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("".join(f"{a} plus {b}\n" for a in "123" for b in "456789"))
+    path = write(
+        tmp_path / "run.toml",
+        "out = 'saes'\ntokens = 300\nbatch_size = 50\nd_sae = 64\n[data]\nengine = 'tiny-r1'\n"
+        "texts = 'texts.txt'\nlayer = 1\nbuffer_rows = 100\nbatch_size = 4\n[sweep]\nk = [2, 3]\n",
+    )
+    run = CliRunner().invoke(app, ["train", str(path)])
+    assert run.exit_code == 0, run.output
+    assert run.output.count("time: data ") == 2
+    assert [FastSAE.load(tmp_path / "saes" / f"k={k}").k for k in (2, 3)] == [2, 3]
+    run = CliRunner().invoke(app, ["train", str(path), "--processes", "2"])
+    assert run.exit_code == 1
+    assert "are for one process" in run.output

@@ -171,7 +171,14 @@ def test_an_interrupted_run_gives_the_same_weights(
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
     def timeless(folder: str) -> list[dict[str, float]]:
-        return [{**line, "tokens_per_second": 0} for line in lines(tmp_path / folder)]
+        return [
+            {
+                name: value
+                for name, value in line.items()
+                if not name.endswith(("_second", "_share"))
+            }
+            for line in lines(tmp_path / folder)
+        ]
 
     assert timeless("a") == timeless("b")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from r1sae_fast.sae import FastSAE
     from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import TrainConfig
+    from r1sae_fast.train import EngineRows, TrainConfig
     from r1sae_fast.train.parallel.layout import Layout
 
 
@@ -66,6 +67,10 @@ def train(
     evaluate_rows: Annotated[
         int, typer.Option(help="Rows to evaluate the finished SAE on; 0 for none.")
     ] = 65536,
+    log: Annotated[
+        list[str],
+        typer.Option(help="Send metrics to tensorboard or wandb, too; may be repeated."),
+    ] = [],  # noqa: B006  # typer copies it
     processes: Annotated[
         int | None,
         typer.Option(
@@ -75,13 +80,14 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train an SAE on harvested activations.
+    """Train an SAE on harvested activations, or several at once: a file's \\[sweep].
 
     A stopped run goes on when the same command is run again, and ends in the same SAE.
     """
     from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import TrainConfig, evaluate, read_train_file
+    from r1sae_fast.train import TrainConfig, read_train_file, train_sweep
     from r1sae_fast.train import train as run
+    from r1sae_fast.train.loggers import logging_to
 
     settings: dict[str, Any] = {
         "d_sae": d_sae,
@@ -97,7 +103,7 @@ def train(
         "dead_after_tokens": dead_after_tokens,
         "seed": seed,
     }
-    layout = None
+    layout = file = None
     if shards.suffix == ".toml":
         run_settings: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
         run_settings |= {"evaluate_rows": evaluate_rows}
@@ -107,7 +113,8 @@ def train(
         if out is not None:
             overrides["out"] = str(out)
         file = read_train_file(shards, overrides)
-        config, shards, out, layout = file.config, file.shards, file.out, file.layout
+        config, out, layout = file.config, file.out, file.layout
+        log = [*log, *(name for name in file.log if name not in log)]
         device = device if file.device is None else file.device
         if file.checkpoint_seconds is not None:
             checkpoint_seconds = file.checkpoint_seconds
@@ -118,22 +125,64 @@ def train(
         if k is None and mode != "relu" and sparsity_loss in (None, "target"):
             settings["k"] = 16
         config = TrainConfig(**settings)
-    activations = ActivationShards(shards)
     how: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
     many = in_processes(layout, processes, config.d_sae)
-    sae = (
-        run(activations, out, config, **how)
-        if many is None
-        else train_as_one_of_many(activations, out, config, many, how)
-    )
-    if sae is None:
+    sweep = None if file is None else file.sweep
+    if many is not None and (sweep or log or (file is not None and file.data)):
+        raise ValueError(
+            "a sweep, rows straight from an engine, and loggers are for one process; leave out "
+            "--processes and [parallel], or train SAEs one by one from shards"
+        )
+    activations: ActivationShards | EngineRows
+    if file is None:
+        activations = ActivationShards(shards)
+    elif file.data is not None:
+        activations = file.data.open(file.folder, device)
+    else:
+        assert file.shards is not None
+        activations = ActivationShards(file.shards)
+    if many is not None:
+        assert isinstance(activations, ActivationShards)
+        sae = train_as_one_of_many(activations, out, config, many, how)
+        if sae is not None:
+            tell(sae, out, activations, evaluate_rows)
         return
+    settings_of = {name: one.to_dict() for name, one in (sweep or {"": config}).items()}
+    with logging_to(log, out, settings_of) as teller:
+        if sweep is None:
+            to_log = None if teller is None else functools.partial(teller, "")
+            sae = run(activations, out, config, **how, on_metrics=to_log)
+            tell(sae, out, activations, evaluate_rows)
+            return
+        results = train_sweep(activations, out, sweep, **how, on_metrics=teller)
+    for result in results:
+        if result.sae is None:
+            typer.echo(f"{result.folder}: {result.error}", err=True)
+        else:
+            tell(result.sae, result.folder, activations, evaluate_rows)
+    if any(result.sae is None for result in results):
+        raise typer.Exit(1)
+
+
+def tell(
+    sae: FastSAE, out: Path, activations: ActivationShards | EngineRows, evaluate_rows: int
+) -> None:
+    """What was trained, where its time went, and how good it is."""
+    from r1sae_fast.shards import ActivationShards
+    from r1sae_fast.train import evaluate, metrics
+
     typer.echo(
         f"{out}: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.mode}; trained on "
         f"{sae.metadata['tokens']:,} rows ({sae.metadata['left_out']:,} outliers left out), "
         f"threshold {float(sae.threshold.mean()):.4g}{' on average' if sae.threshold.dim() else ''}"
     )
-    if evaluate_rows > 0:
+    shares = metrics.time_shares(metrics.read_lines(out / metrics.FILE))
+    if shares is not None:
+        rest = max(0.0, 1.0 - sum(shares.values()))
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
+        typer.echo(f"time: {parts}, other {rest:.1%}")
+    # An engine's rows are gone.
+    if evaluate_rows > 0 and isinstance(activations, ActivationShards):
         found = evaluate(sae, activations, max_rows=evaluate_rows)
         typer.echo(
             f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "

@@ -60,6 +60,11 @@ class TrainConfig:
         outlier_factor: rows whose norm exceeds the median by this factor (attention sinks, the
             first token) are left out, and counted.
         seed: of the initial weights and the order of rows.
+        data_seed: of the order of rows and of the sample that they are centred and scaled by;
+            default ``seed``. SAEs of different seeds that share one pass over the data (a sweep)
+            have the same.
+        resample_every: reset dead features to directions of badly explained rows every so many
+            tokens (Bricken et al., 2023); default never: the auxiliary loss usually revives them.
         matryoshka_widths: numbers of features that must do alone, rising to ``d_sae``; default a
             16th, an 8th, a quarter and half of ``d_sae``, and all.
         sparsity_loss: of jumprelu: "target", the squared relative distance of the mean number of
@@ -97,6 +102,8 @@ class TrainConfig:
     threshold_decay: float | None = None
     outlier_factor: float = 10.0
     seed: int = 0
+    data_seed: int | None = None
+    resample_every: int | None = None
     matryoshka_widths: tuple[int, ...] | None = None
     sparsity_loss: str | None = None
     sparsity_coefficient: float | None = None
@@ -107,12 +114,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("d_sae", "tokens", "batch_size"):
             _int(name, getattr(self, name), 1)
-        for name in ("k", "aux_k", "dead_after_tokens"):
+        for name in ("k", "aux_k", "dead_after_tokens", "resample_every"):
             if getattr(self, name) is not None:
                 _int(name, getattr(self, name), 1)
-        _int("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ValueError(f"seed is {self.seed}; expected less than 2**63")
+        for name in ("seed", "data_seed"):
+            if (value := getattr(self, name)) is not None:
+                _int(name, value, 0)
+                if value >= 2**63:
+                    raise ValueError(f"{name} is {value}; expected less than 2**63")
         if self.k is not None and self.k > self.d_sae:
             raise ValueError(
                 f"k is {self.k}, more than d_sae = {self.d_sae}; expected at most that"
@@ -170,6 +179,11 @@ class TrainConfig:
         if self.matryoshka_widths is not None:
             # A file has a list.
             object.__setattr__(self, "matryoshka_widths", _widths(self))
+
+    @property
+    def order_seed(self) -> int:
+        """``data_seed`` or its default."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def penalised(self) -> bool:

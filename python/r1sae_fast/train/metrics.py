@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from r1sae_fast.atomic import write_bytes
+from r1sae_fast.train.clock import PARTS
 
 FILE = "metrics.jsonl"
 
@@ -39,6 +40,11 @@ class Metrics:
     left_out: int
     """Outlier rows left out so far."""
     tokens_per_second: float
+    data_share: float
+    """Of the time since the line before: waiting for rows; see :mod:`r1sae_fast.train.clock`."""
+    forward_share: float
+    backward_share: float
+    optimizer_share: float
 
 
 class MetricsFile:
@@ -78,3 +84,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(fields, dict) and isinstance(fields.get("step"), int):
             lines.append(fields)
     return lines
+
+
+def time_shares(lines: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Where the time of a run went, by part; None where its lines do not tell."""
+    seconds, spent, tokens = 0.0, dict.fromkeys(PARTS, 0.0), 0
+    for line in lines:
+        done, tokens = line["tokens"] - tokens, line["tokens"]
+        if not line.get("tokens_per_second") or f"{PARTS[0]}_share" not in line:
+            continue
+        took = done / line["tokens_per_second"]
+        seconds += took
+        for part in PARTS:
+            spent[part] += took * line[f"{part}_share"]
+    return {part: of / seconds for part, of in spent.items()} if seconds else None

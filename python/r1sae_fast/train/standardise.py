@@ -22,27 +22,30 @@ from torch import Tensor
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.shards import ActivationBatch, ActivationShards
 from r1sae_fast.train.geometric_median import geometric_median
+from r1sae_fast.train.mixing import EngineRows
 from r1sae_fast.train.parallel import ALONE, Ranks
 
 _SAMPLE_ROWS = 16384
 _SAMPLE_NUMBERS = 2**25
 
 
-def sample(shards: ActivationShards, seed: int) -> Tensor:
+def sample(shards: ActivationShards | EngineRows, seed: int) -> Tensor:
     """Rows drawn from all shards, float32 ``[n, d_in]``: at most 16384, and 128 MiB.
 
     Raises:
         ValueError: the shards have no rows.
         NonFiniteError: a NaN or infinite activation.
     """
-    if len(shards) == 0:
+    if isinstance(shards, ActivationShards) and len(shards) == 0:
         raise ValueError(f"{shards.folder}: no rows to sample; harvest some first")
-    rows = max(1, min(len(shards), _SAMPLE_ROWS, _SAMPLE_NUMBERS // shards.d_in))
+    rows = max(1, min(_SAMPLE_ROWS, _SAMPLE_NUMBERS // shards.d_in))
     return checked(draw(shards, rows, seed))[0]
 
 
-def draw(shards: ActivationShards, rows: int, seed: int) -> ActivationBatch:
-    """``rows`` rows of all shards, or all there are."""
+def draw(shards: ActivationShards | EngineRows, rows: int, seed: int) -> ActivationBatch:
+    """``rows`` rows of all shards, or all there are; of an engine's, the first ones."""
+    if isinstance(shards, EngineRows):
+        return shards.draw(rows, seed)
     return next(iter(shards.loader(min(rows, len(shards)), shuffle=True, seed=seed)))
 
 
@@ -80,7 +83,9 @@ class Standardisation:
     norm_limit: float
 
     @classmethod
-    def of(cls, shards: ActivationShards, *, outlier_factor: float, seed: int) -> Standardisation:
+    def of(
+        cls, shards: ActivationShards | EngineRows, *, outlier_factor: float, seed: int
+    ) -> Standardisation:
         """Measured on a sample of the shards.
 
         Raises:

@@ -19,6 +19,7 @@ from r1sae_fast.optim.factored import turning
 from r1sae_fast.optim.update import Settings, settle, update
 from r1sae_fast.train import by_kernels, factored
 from r1sae_fast.train import gradients as dense
+from r1sae_fast.train.clock import Clock
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu
@@ -79,6 +80,7 @@ class Learner:
         self.d_in = d_in
         self.device = device
         self.ranks = ranks
+        self.clock = Clock()
         self.first, end = ranks.own(config.d_sae)
         self.features = end - self.first
         """Own ones."""
@@ -109,7 +111,7 @@ class Learner:
         """Fits to rows ``x [n, d_in]`` what no seed can tell, before the first step."""
         if self.config.mode == "jumprelu":
             least = self.ranks.least
-            first = jumprelu.first_log_threshold(self._sae(), x, self.config, least)
+            first = jumprelu.first_log_threshold(self.sae(), x, self.config, least)
             self.parameters["log_threshold"].fill_(first)
 
     @property
@@ -136,6 +138,7 @@ class Learner:
             self._factored_update(learning_rate)
         else:
             self._dense_update(self._torch_adam, plain, learning_rate)
+        self.clock.lap("optimizer")
         for parameter in self.parameters.values():
             parameter.grad = None
             parameter.factored_grad = None  # type: ignore[attr-defined]
@@ -203,7 +206,7 @@ class Learner:
     ) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
         config = self.config
-        sae = self._sae()
+        sae = self.sae()
         forward = LOSSES[config.mode].forward(sae, x, config, sparsity)
         self.found = self.ranks.total(forward.found) / x.shape[0]
         codes, error = forward.fired, forward.error
@@ -218,6 +221,7 @@ class Learner:
         if not config.penalised:
             self._follow_threshold(codes.values)
 
+        self.clock.lap("forward")
         scale = 2.0 / error.numel()
         differentiate = (
             factored.gradients
@@ -241,12 +245,14 @@ class Learner:
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
         self.l0 = self.ranks.total(codes.nnz) / x.shape[0]
+        self.clock.lap("backward")
         return StepFigures(forward.loss, aux_loss, fvu, self.l0, dead_count), found
 
     def _weights(self) -> Weights:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
-    def _sae(self) -> Sae:
+    def sae(self) -> Sae:
+        """As losses see it."""
         find = self.ranks.finder(self._finder(), self.features)
         return Sae(self.parameters, find, self._decode, self.ranks.total, self.first)
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,18 +17,21 @@ from r1sae_fast import _core
 from r1sae_fast.errors import TrainingDivergedError
 from r1sae_fast.sae import FastSAE, Mode
 from r1sae_fast.shards import ActivationShards
+from r1sae_fast.shards.loader import ShardLoader
 from r1sae_fast.train import checkpoint, metrics
 from r1sae_fast.train.checkpoint import Checkpoint, Counters
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.lockstep import lockstep
 from r1sae_fast.train.metrics import Metrics, MetricsFile
+from r1sae_fast.train.mixing import FILES, EngineRows, MixingLoader
 from r1sae_fast.train.parallel import ALONE, Ranks
+from r1sae_fast.train.resample import resample
 from r1sae_fast.train.standardise import Standardisation, draw
 from r1sae_fast.train.step import Learner, StepFigures
-from r1sae_fast.train.stopping import STATUS, told_to_stop
 
 
 def train(
-    shards: ActivationShards,
+    shards: ActivationShards | EngineRows,
     out_dir: str | os.PathLike[str],
     config: TrainConfig,
     *,
@@ -49,7 +51,7 @@ def train(
     threads. At SIGTERM it saves after the step that it is in, and exits with status 143.
 
     Args:
-        shards: what to train on.
+        shards: what to train on: rows that were harvested, or an engine's as it makes them.
         out_dir: new, empty, or of a run that is gone on with.
         config: everything that decides the weights.
         resume: go on from the folder's checkpoint (a finished run is just loaded); False refuses a
@@ -107,7 +109,10 @@ _ENCODES = {"matryoshka": "batch_topk", "jumprelu": "threshold", "relu": "thresh
 _FIRST_ROWS = 1024
 """From so many a learner takes what it has to begin with."""
 
-_OURS = {".lock", checkpoint.FILE, metrics.FILE, "sae.safetensors", "config.json"}
+DIVERGED = "diverged.txt"
+"""In the folder of an SAE that a sweep has given up: why."""
+
+_OURS = {".lock", checkpoint.FILE, metrics.FILE, DIVERGED, "sae.safetensors", "config.json"}
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -116,7 +121,11 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder; give a folder for the SAE")
     ours = {*_OURS, *(f"{name}.tmp" for name in _OURS)}
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in ours)
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in ours and not path.match(FILES) and not path.match(f"{FILES}.tmp")
+    )
     if foreign:
         raise FileExistsError(
             f"{folder}: not empty and not a training run (it holds {foreign[0]!r}); "
@@ -127,21 +136,28 @@ def _refuse_foreign(folder: Path) -> None:
 class Run:
     """A run in a folder that is locked, new or taken up from its checkpoint.
 
-    All ``ranks`` make the same calls; the first one writes.
+    All ``ranks`` make the same calls; the first one writes. ``like`` is another run on the same
+    rows in the same order: what was measured for it, and its loader, serve this one as well.
     """
 
     def __init__(
         self,
-        shards: ActivationShards,
+        shards: ActivationShards | EngineRows,
         folder: Path,
         config: TrainConfig,
         device: torch.device,
         *,
         resume: bool,
         ranks: Ranks = ALONE,
+        like: Run | None = None,
     ) -> None:
         self.shards, self.folder, self.config, self.device = shards, folder, config, device
         self.ranks = ranks
+        if config.resample_every is not None and ranks is not ALONE:
+            raise ValueError(
+                "resample_every is for one process; leave it out: the auxiliary loss revives dead "
+                "features in any number of them"
+            )
         self.identity: dict[str, Any] = {
             **config.to_dict(),
             "shards": shards.fingerprint,
@@ -159,15 +175,19 @@ class Run:
             at = saved.counters
             self.standardisation = Standardisation(saved.centre, at.scale, at.norm_limit)
         else:
-            self.standardisation = self._measured()
+            self.standardisation = self._measured() if like is None else like.standardisation
         self.learner = Learner(config, shards.d_in, device, ranks=ranks)
+        self.clock = self.learner.clock
         if saved is None and config.mode == "jumprelu":
-            rows = draw(shards, _FIRST_ROWS, config.seed)
+            rows = draw(shards, _FIRST_ROWS, config.order_seed)
             self.learner.start(self.standardisation.apply(rows, device)[0])
-        batch_size = min(config.batch_size, len(shards))
-        self.loader = shards.loader(
+        # An engine makes as many rows as are asked for.
+        batch_size = config.batch_size
+        if isinstance(shards, ActivationShards):
+            batch_size = min(batch_size, len(shards))
+        self.loader: ShardLoader | MixingLoader = shards.loader(
             batch_size,
-            seed=config.seed,
+            seed=config.order_seed,
             drop_last=True,
             epochs=None,
             pin_memory=device.type == "cuda",
@@ -178,11 +198,17 @@ class Run:
         )
         if saved is not None:
             self.counters = saved.counters
-            self.loader.load_state_dict(saved.loader)
+            if isinstance(self.loader, MixingLoader):
+                self.loader.load_state_dict(saved.loader, folder)
+            else:
+                self.loader.load_state_dict(saved.loader)
             self.learner.load_tensors(saved.tensors)
             self.learner.threshold = saved.counters.threshold
             self.learner.threshold_weight = saved.counters.threshold_weight
             self.learner.l0, self.learner.found = saved.counters.l0, saved.counters.found
+        if isinstance(self.loader, MixingLoader):
+            # What a run wrote that was killed before its checkpoint, or another run's.
+            self.loader.drop_other_buffers(folder)
 
     def _measured(self) -> Standardisation:
         """What the first rank finds: another kind of CPU might round otherwise."""
@@ -190,7 +216,7 @@ class Run:
         found = torch.zeros(shards.d_in + 2, dtype=torch.float64)
         if self.ranks.is_first:
             measured = Standardisation.of(
-                shards, outlier_factor=config.outlier_factor, seed=config.seed
+                shards, outlier_factor=config.outlier_factor, seed=config.order_seed
             )
             found[:-2] = measured.centre
             found[-2:] = torch.tensor([measured.scale, measured.norm_limit], dtype=torch.float64)
@@ -207,6 +233,8 @@ class Run:
         self.counters.threshold = self.learner.threshold
         self.counters.threshold_weight = self.learner.threshold_weight
         self.counters.l0, self.counters.found = self.learner.l0, self.learner.found
+        if isinstance(self.loader, MixingLoader):
+            self.loader.save_buffer(self.folder)
         Checkpoint(
             self.identity,
             self.counters,
@@ -214,6 +242,8 @@ class Run:
             self.standardisation.centre,
             self.learner.tensors(),
         ).write(self.folder, self.ranks)
+        if isinstance(self.loader, MixingLoader):
+            self.loader.drop_other_buffers(self.folder)
 
     def go(
         self,
@@ -224,63 +254,83 @@ class Run:
         on_metrics: Callable[[Metrics], None] | None,
     ) -> None:
         """Takes the steps that are left."""
+        diverged = lockstep(
+            [self],
+            checkpoint_seconds=checkpoint_seconds,
+            log_every=log_every,
+            progress=progress,
+            on_metrics=[on_metrics],
+        )
+        for error in diverged.values():
+            raise error
+
+    def learning(
+        self,
+        *,
+        checkpoint_seconds: float,
+        log_every: int,
+        on_metrics: Sequence[Callable[[Metrics], None]],
+    ) -> Generator[None, tuple[Tensor, int, bool], None]:
+        """Takes a step with each ``(standardised rows, rows left out, whether to stop)`` that it
+        is sent; ends after the last one, or when it is to stop, with all saved.
+
+        Raises:
+            TrainingDivergedError: the loss became NaN or infinite.
+        """
         counters, config = self.counters, self.config
-        if counters.step >= config.steps:
-            return
         first = self.ranks.is_first
         log = MetricsFile(self.folder, counters.step) if first else None
         averages = _Averages()
+        self.clock.restart()
         saved = time.monotonic()
-        batches = iter(self.loader)
-        with (
-            _bar(config.steps, counters.step, progress if first else False) as shown,
-            told_to_stop() as stopping,
-        ):
-            while counters.step < config.steps:
-                x, left_out = self.standardisation.apply(next(batches), self.device, self.ranks)
-                rate = config.rate(counters.step)
-                share = config.sparsity_share(counters.step)
-                figures = self.learner.step(x, rate, share) if x.shape[0] else None
-                counters.step += 1
-                counters.tokens += x.shape[0]
-                counters.left_out += left_out
-                if figures is not None:
-                    averages.add(figures, x.shape[0])
-                (stop,) = self.ranks.agree(stopping())
-                last = counters.step == config.steps or stop
-                # A checkpoint goes with a line, so that a resumed run's means are over the same
-                # steps.
-                if counters.step % log_every and not last:
-                    continue
-                finite = averages.is_finite() and self.learner.is_finite()
-                # The first rank's clock is theirs all.
-                late = first and time.monotonic() - saved > checkpoint_seconds
-                diverged, due = self.ranks.agree(not finite, last or late)
-                if diverged:
-                    raise TrainingDivergedError(
-                        f"loss or weights are not finite by step {counters.step}; the last "
-                        f"checkpoint in {self.folder} was kept: lower the learning rate, and train "
-                        "into another folder"
-                    )
-                if averages.tokens:
-                    line = self._metrics(averages, rate)
-                    averages = _Averages()
-                    if log is not None:
-                        log.append(line)
-                        shown(counters.step, line)
-                    if on_metrics is not None:
-                        on_metrics(line)
-                if due:
-                    self.save()
-                    saved = time.monotonic()
-                if stop and counters.step < config.steps:
-                    if first:
-                        print(  # noqa: T201  # what a batch job's log is read for
-                            f"{self.folder}: told to stop; saved at step {counters.step} of "
-                            f"{config.steps}, go on with the same command",
-                            file=sys.stderr,
-                        )
-                    raise SystemExit(STATUS)
+        stop = False
+        while counters.step < config.steps and not stop:
+            x, left_out, stop = yield
+            self.clock.lap()
+            rate = config.rate(counters.step)
+            share = config.sparsity_share(counters.step)
+            figures = self.learner.step(x, rate, share) if x.shape[0] else None
+            counters.step += 1
+            counters.tokens += x.shape[0]
+            counters.left_out += left_out
+            if figures is not None:
+                averages.add(figures, x.shape[0])
+            self._resample(x)
+            last = counters.step == config.steps or stop
+            # A checkpoint goes with a line, so that a resumed run's means are over the same
+            # steps.
+            if counters.step % log_every and not last:
+                continue
+            finite = averages.is_finite() and self.learner.is_finite()
+            # The first rank's clock is theirs all.
+            late = first and time.monotonic() - saved > checkpoint_seconds
+            diverged, due = self.ranks.agree(not finite, last or late)
+            if diverged:
+                raise TrainingDivergedError(
+                    f"loss or weights are not finite by step {counters.step}; the last "
+                    f"checkpoint in {self.folder} was kept: lower the learning rate, and train "
+                    "into another folder"
+                )
+            if averages.tokens:
+                line = self._metrics(averages, rate)
+                averages = _Averages()
+                self.clock.restart()
+                if log is not None:
+                    log.append(line)
+                for tell in on_metrics:
+                    tell(line)
+            if due:
+                self.save()
+                saved = time.monotonic()
+
+    @torch.no_grad()
+    def _resample(self, x: Tensor) -> None:
+        """Where the rows of the last step have made one more multiple of ``resample_every``."""
+        every = self.config.resample_every
+        if every is not None and x.shape[0]:
+            number = self.counters.tokens // every
+            if number > (self.counters.tokens - x.shape[0]) // every:
+                resample(self.learner, x, number)
 
     def _metrics(self, averages: _Averages, rate: float) -> Metrics:
         means = averages.means()
@@ -296,6 +346,7 @@ class Run:
             learning_rate=rate,
             left_out=self.counters.left_out,
             tokens_per_second=averages.tokens / max(time.monotonic() - averages.started, 1e-9),
+            **{f"{part}_share": share for part, share in self.clock.shares().items()},
         )
 
     def _mean_threshold(self) -> float:
@@ -393,36 +444,3 @@ class _Averages:
     def is_finite(self) -> bool:
         """Whether every loss since the last line was neither NaN nor infinite."""
         return math.isfinite(float(self.sums["loss"]) + float(self.sums["aux_loss"]))
-
-
-@contextmanager
-def _bar(total: int, done: int, progress: bool | None) -> Iterator[Callable[[int, Metrics], None]]:
-    """A bar with the newest figures beside it."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda step, line: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done, figures="")
-
-        def show(step: int, line: Metrics) -> None:
-            figures = f"FVU {line.fvu:.3f}  L0 {line.l0:.1f}  dead {line.dead_fraction:.1%}"
-            bar.update(task, completed=step, figures=figures)
-
-        yield show
