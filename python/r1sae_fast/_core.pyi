@@ -301,6 +301,7 @@ def cluster_bucket(
     activations: bool,
     threads: int,
 ) -> dict[str, dict[str, NDArray[Any]]]: ...
+
 @final
 class ActivationSpill:
     def __new__(
@@ -321,10 +322,12 @@ class ActivationSpill:
     ) -> None: ...
     def add(
         self,
-        features: NDArray[np.uint32],
-        rows: NDArray[np.uint32],
+        places: TokenPlaces,
+        features: _Int32,
+        sequences: _Int64,
+        positions: _Int32,
         strengths: NDArray[np.float32],
-    ) -> None: ...
+    ) -> int | None: ...
 
 @final
 class TokenPlaces:

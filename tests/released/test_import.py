@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from r1sae_fast.cli.main import app
 from r1sae_fast.errors import DatabaseError
-from r1sae_fast.features import FeatureDB, import_database, importing
+from r1sae_fast.features import FeatureDB, clustering, import_database, importing
 
 Release = Any  # conftest's
 
@@ -31,20 +30,23 @@ def source(release: Release, tmp_path: Path) -> Path:
     return release.as_duckdb(tmp_path / "logic" / "logic.ddb")
 
 
-@pytest.mark.parametrize("kind", ["ranges", "one range", "trio"])
+@pytest.mark.parametrize("kind", ["core", "ranges", "trio"])
 def test_the_same_rows_sorted_by_feature(
     release: Release, source: Path, tmp_path: Path, ask: Any, kind: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "out.ddb"
-    if kind == "ranges":  # as if a row took half a megabyte in a sort
+    if kind != "trio":  # as if a row took half a megabyte in a sort
         monkeypatch.setattr(importing, "_SORT_BYTES", 1 << 19)
         monkeypatch.setattr(importing, "_FILE_BYTES", 7)
+        monkeypatch.setattr(clustering, "_BUCKET_BYTES", 1 << 19)
+    if kind == "ranges":
+        monkeypatch.setattr(importing._Import, "_has_room", lambda *_: False)
     start = release.trio(tmp_path / "first") if kind == "trio" else source
     done = import_database(start, out)
     assert (done.tokens, done.activations) == (len(release.tokens), len(release.activations))
     assert (done.features, done.labels) == (37, 39)
-    assert (done.passes > 1) == (kind == "ranges")
+    assert (done.passes > 1) == (kind != "trio")
     activations = rows_of(out, "activations")
     assert activations == sorted(release.activations, key=lambda r: (r[0], -r[3], r[1], r[2]))
     assert [row[:4] for row in rows_of(out, "tokens")] == release.tokens
@@ -114,57 +116,121 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
 
 
-# Imports in children that kill themselves, a moment after they began a certain statement.
+# Imports in children that kill themselves before or after the n-th piece of work.
 _KILLED = """
-import os, signal, sys, threading
-from pathlib import Path
-from r1sae_fast.features import importing, import_database
+import os, signal, sys
+from r1sae_fast.features import clustering, import_database, import_sort, importing, new_file
 
-source, out, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-execute = importing.execute
+source, out, way = sys.argv[1:4]
+clustering._BUCKET_BYTES = 1 << 19
+import_sort._NOTED_ROWS = 1000
 importing._SORT_BYTES = 1 << 19  # many ranges
+if way == "DuckDB":
+    importing._Import._has_room = lambda *_: False
+left = 0
 
-def main(last):
-    statements = 0
-    def counted(*arguments):
-        nonlocal statements
-        statements += 1
-        if statements == last:
-            delay = (seed * 7 + last) % 5 / 1000
-            threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-        return execute(*arguments)
-    importing.execute = counted
-    import_database(source, out, overwrite=True, progress=False)
+def work():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-for last in (1, 3, 5, 7, 9, 11, 14, 18, 22, 26):
+execute = new_file.execute
+def counted(connection, query, parameters=()):
+    if query in ("COMMIT", "BEGIN"):
+        work()
+    rows = execute(connection, query, parameters)
+    if query == "COMMIT":
+        work()
+    return rows
+new_file.execute = counted
+
+note = clustering.Clusters.note
+def noted(self, *arguments, **options):
+    work()
+    note(self, *arguments, **options)
+    work()
+clustering.Clusters.note = noted
+
+for pieces in sys.argv[4:]:
+    left = int(pieces)
     child = os.fork()
     if child == 0:
-        main(last)
+        import_database(source, out, overwrite=True, progress=False)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
-    print(last, os.WTERMSIG(status) if os.WIFSIGNALED(status) else "whole", out.stat().st_size,
+    print("killed" if os.WIFSIGNALED(status) else "whole", open(out, "rb").read(3) == b"old",
           flush=True)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["core", "DuckDB"])
 @pytest.mark.skipif(sys.platform == "win32", reason="fork and SIGKILL are not there")
-def test_killed_imports_leave_the_old_file(release: Release, source: Path, tmp_path: Path) -> None:
+def test_ten_kills_lose_nothing_and_double_nothing(
+    way: str, release: Release, source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out.ddb"
     out.write_bytes(b"old")
+    turns = (1, 2, 2, 3, 3, 2, 3, 4, 1, 4, 0)
     done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(source), str(out), "7"],
+        [sys.executable, "-c", _KILLED, str(source), str(out), way, *map(str, turns)],
         capture_output=True,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 10
-    killed = [line for line in lines if line[1] == str(int(signal.SIGKILL))]
-    assert len(killed) >= 5
-    for _, end, size in lines:  # old or new, never half
-        assert end in ("whole", "9")
-        assert size == "3" or int(size) > 100_000
-    import_database(source, out, overwrite=True)
-    assert len(rows_of(out, "activations")) == len(release.activations)
+    assert done.stdout.splitlines() == ["killed True"] * 10 + ["whole False"]
+    activations = rows_of(out, "activations")
+    assert activations == sorted(release.activations, key=lambda r: (r[0], -r[3], r[1], r[2]))
+    assert [row[:4] for row in rows_of(out, "tokens")] == release.tokens
+    assert len(rows_of(out, "autointerp")) == len(release.labels)
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out.ddb"]
+
+
+_SUMS = (
+    "SELECT count(*), sum(hash(feature_id, sequence_id, token_idx, strength)::HUGEINT), "
+    "count(DISTINCT feature_id) FROM activations"
+)
+
+
+def test_a_sort_that_spills_gives_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One range of rows that take more than DuckDB may use; without room to spill, it fails."""
+    source, out = tmp_path / "logic.ddb", tmp_path / "out.ddb"
+    with duckdb.connect(str(source)) as connection:
+        connection.execute("""
+            CREATE TABLE tokens AS SELECT (i // 500)::BIGINT AS sequence_id,
+            (i % 500)::INTEGER AS token_idx, (i % 97)::INTEGER AS token, 'x' AS decoded_token
+            FROM range(40000) t(i) ORDER BY i""")
+        connection.execute("""
+            CREATE TABLE activations AS SELECT ((i * 7919 + i // 50) % 1000)::INTEGER AS feature_id,
+            (i // 50 // 500)::BIGINT AS sequence_id, (i // 50 % 500)::INTEGER AS token_idx,
+            (1 + hash(i) % 1000003 / 1000)::FLOAT AS strength FROM range(2000000) t(i)""")
+        expected = connection.execute(_SUMS).fetchone()
+    monkeypatch.setattr(importing, "duckdb_memory", lambda _: 48 << 20)
+    monkeypatch.setattr(importing, "_PASSES", 1)
+    monkeypatch.setattr(importing._Import, "_has_room", lambda *_: False)
+    with monkeypatch.context() as patch:
+        connect = duckdb.connect
+
+        def without_spilling(path: str, **options: Any) -> duckdb.DuckDBPyConnection:
+            if "memory_limit" in options.get("config", {}):
+                options["config"] = {**options["config"], "temp_directory": ""}
+            return connect(path, **options)
+
+        patch.setattr(duckdb, "connect", without_spilling)
+        with pytest.raises(DatabaseError, match="free memory, or disk space"):
+            import_database(source, out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logic.ddb"]
+    done = import_database(source, out)
+    assert (done.passes, done.activations) == (1, 2_000_000)
+    with duckdb.connect(str(out), read_only=True) as connection:
+        assert connection.execute(_SUMS).fetchone() == expected
+        out_of_order = connection.execute("""
+            SELECT count(*) FROM (SELECT feature_id, strength, lag(feature_id) OVER w AS f,
+            lag(strength) OVER w AS s FROM activations WINDOW w AS (ORDER BY rowid))
+            WHERE f > feature_id OR (f = feature_id AND s < strength)""").fetchone()
+    assert out_of_order == (0,)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["logic.ddb", "out.ddb"]

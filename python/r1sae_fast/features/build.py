@@ -19,7 +19,6 @@ from r1sae_fast.examples import Examples, histogram_edges
 from r1sae_fast.features.clustering import (
     Clusters,
     Keep,
-    Tables,
     count,
     load,
     partners,
@@ -33,13 +32,13 @@ from r1sae_fast.features.new_file import NewFile, new_file
 from r1sae_fast.features.places import TokenPlaces, places_of
 from r1sae_fast.features.schema import FORMAT, POSITION_EDGES, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
+from r1sae_fast.features.writing import Decode, Texts, insert, load_bucket
 from r1sae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
     from r1sae_fast.sae import FastSAE
     from r1sae_fast.shards import CodeShards
 
-Decode = Callable[[int], str]
 Advance = Callable[[float], None]
 
 _ROWS = 1 << 16  # tokens at a time
@@ -84,7 +83,7 @@ def build(
             f"the SAE has {sae.d_sae} features, the codes {codes.d_sae}; expected the SAE that "
             "made the codes"
         )
-    texts = _Texts(decode)
+    texts = Texts(decode)
     key = {"codes": codes.fingerprint, "d_sae": codes.d_sae, "plan": repr(plan), "format": VERSION}
     config = {
         "memory_limit": f"{max(plan.memory // 4, 192 << 20) >> 10}KiB",
@@ -106,36 +105,10 @@ def build(
         builder.load_meta(metadata, sae)
 
 
-class _Texts:
-    """The text of each token, asked for once."""
-
-    def __init__(self, decode: Decode | None) -> None:
-        self._decode = decode
-        self._texts: dict[int, str | None] = {}
-
-    def of(self, tokens: NDArray[np.int32]) -> pa.Array:
-        """Their texts."""
-        distinct, inverse = np.unique(tokens, return_inverse=True)
-        texts = [self.text(token) for token in distinct.tolist()]
-        return pa.array(texts, pa.string()).take(pa.array(inverse))
-
-    def text(self, token: int) -> str | None:
-        """A token's text."""
-        if self._decode is None:
-            return None
-        if token not in self._texts:
-            text = self._decode(token)
-            if not isinstance(text, str):
-                raise TypeError(f"decode({token}) gave a {type(text).__name__}; expected a str")
-            # Half of a surrogate pair can't be stored as UTF-8.
-            self._texts[token] = text.encode("utf-8", "replace").decode("utf-8")
-        return self._texts[token]
-
-
 class _Builder:
     """Fills the tables; the methods are called in the order in which they stand."""
 
-    def __init__(self, file: NewFile, codes: CodeShards, texts: _Texts, plan: Plan) -> None:
+    def __init__(self, file: NewFile, codes: CodeShards, texts: Texts, plan: Plan) -> None:
         self._file = file
         self._connection = file.connection
         self._codes = codes
@@ -250,37 +223,11 @@ class _Builder:
             if not self._file.done(step):
                 tables = clusters.tables(bucket, places, self._plan.keep, self._plan.threads)
                 with self._file.step(step):
-                    self._load_bucket(features, tables)
+                    load_bucket(
+                        self._connection, features, tables, self._counts, self._places, self._texts
+                    )
             done += int(self._counts[features.start : features.stop].sum())
             advance(len(self._codes) * done / total)
-
-    def _load_bucket(self, features: range, tables: Tables) -> None:
-        for table in ("activations", "examples", "intervals", "negatives"):
-            self._insert(table, tables[table])
-        lifts = tables["token_lift"]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            lift = lifts["share"] / lifts["base"]
-        self._insert(
-            "token_lift", {**lifts, "lift": lift, "decoded_token": self._texts.of(lifts["token"])}
-        )
-        found, size = tables["features"], len(features)
-        counts = self._counts[features.start : features.stop].astype(np.int64)
-        segments = found["segments"].reshape(size, len(SEGMENTS) + 1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            # A segment without tokens has no density: NaN, stored as NULL.
-            density = segments / self._places.segments
-            mean = found["sum"] / counts
-        columns = {
-            "feature_id": np.arange(features.start, features.stop, dtype=np.int32),
-            "count": counts,
-            "density": counts / max(len(self._codes), 1),
-            "mean": mean,
-            "max": found["max"],
-            "histogram": _lists(found["histogram"], size),
-            **{f"density_{name}": density[:, i] for i, name in SEGMENTS.items()},
-            "position_counts": _lists(found["positions"], size),
-        }
-        self._insert("features", columns)
 
     # -- what was counted -----------------------------------------------------------------------
 
@@ -328,20 +275,3 @@ class _Builder:
 
     def _insert(self, table: str, columns: Mapping[str, Any]) -> None:
         insert(self._connection, table, columns)
-
-
-def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
-    """Appends columns (arrays of NumPy or Arrow) to those of their names. NaN becomes NULL."""
-    arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
-        for column in columns.values()
-    ]
-    schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
-    with ArrowStream(connection, schema, iter([arrays])) as name:
-        execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
-
-
-def _lists(values: NDArray[Any], rows: int) -> pa.Array:
-    """``[rows * n]`` as lists of n."""
-    size = len(values) // max(rows, 1)
-    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, values)

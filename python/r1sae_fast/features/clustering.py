@@ -166,11 +166,13 @@ class Clusters:
             self.note(group.stop)
             advance(shards[group.stop - 1][1] + shards[group.stop - 1][2])
 
-    def add(
-        self, features: NDArray[np.uint32], rows: NDArray[np.uint32], strengths: NDArray[np.float32]
-    ) -> None:
-        """Adds activations; the caller notes how far it is."""
-        self._spill.add(features, rows, strengths)
+    def add(self, places: _core.TokenPlaces, columns: Sequence[NDArray[Any]]) -> bool:
+        """Adds activations: feature, sequence, position, strength. Whether all have a place.
+
+        The caller notes how far it is.
+        """
+        feature, sequence, position, strength = columns
+        return self._spill.add(places, feature, sequence, position, strength) is None
 
     @property
     def buckets(self) -> int:

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from r1sae_fast.errors import DatabaseError
-from r1sae_fast.features.build import Decode, Plan, build
+from r1sae_fast.features.build import Plan, build
 from r1sae_fast.features.clustering import Keep, default_threads, require_memory
 from r1sae_fast.features.contexts import contexts
 from r1sae_fast.features.execute import execute, interruptible
@@ -29,6 +29,7 @@ from r1sae_fast.features.schema import REQUIRED, SEGMENTS, TABLES
 from r1sae_fast.features.stream import arrow_table
 from r1sae_fast.features.summary import FeatureSummary, Label, Labeller
 from r1sae_fast.features.text import visible
+from r1sae_fast.features.writing import Decode
 
 if TYPE_CHECKING:
     from r1sae_fast.examples import Examples

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
-from r1sae_fast.atomic import replacing, temporary_name
-from r1sae_fast.errors import DatabaseError
-from r1sae_fast.features.lock import building_lock, require_not_open
 from r1sae_fast.features.released.connect import CONFIG, attach, load_sqlite
 from r1sae_fast.features.released.recognise import Source, SqliteSource
 from r1sae_fast.r1.stream.sizes import show_size
@@ -71,37 +67,13 @@ def attached(
         _remove(staging)
 
 
-@contextmanager
-def new_file(path: Path, memory: int) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection to an empty database, which takes the place of ``path`` on success."""
-    spill = path.with_name(path.name + ".spill.tmp")
-    require_not_open(path)
-    with building_lock(path):
-        # Left behind by an import that was killed.
-        _remove(temporary_name(path))
-        shutil.rmtree(spill, ignore_errors=True)
-        config: dict[str, Any] = {
-            **CONFIG,
-            "temp_directory": str(spill),
-            "memory_limit": f"{memory >> 10}KiB",
-            "threads": str(min(os.cpu_count() or 1, max(1, memory >> 28))),
-        }
-        try:
-            with replacing(path) as temporary:
-                try:
-                    with duckdb.connect(str(temporary), config=config) as connection:
-                        # DuckDB shows one of its own in notebooks.
-                        connection.execute("SET enable_progress_bar = false")
-                        yield connection
-                finally:
-                    shutil.rmtree(spill, ignore_errors=True)
-                    temporary.with_name(temporary.name + ".wal").unlink(missing_ok=True)
-                require_not_open(path)
-        except duckdb.Error as error:
-            raise DatabaseError(
-                f"{path}: the import failed: {error}; free memory, or disk space in {path.parent}, "
-                "then import it again (what was there before is as it was)"
-            ) from None
+def fingerprint(source: Source) -> str:
+    """Tells the files of a source from others, and from themselves after a change."""
+    files = [source.path]
+    if isinstance(source, SqliteSource):
+        files = [source.tokens.path, source.activations.path]
+    states = [(file.resolve(), file.stat()) for file in files]
+    return json.dumps([[str(file), state.st_size, state.st_mtime_ns] for file, state in states])
 
 
 def _remove(file: Path) -> None:

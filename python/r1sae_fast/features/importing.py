@@ -1,10 +1,13 @@
 """Importing a released database: sorted by feature, so that any feature is one short read.
 
 Released files lie in the order of the text: every question about a feature reads a whole column.
-DuckDB's sort works within a cap on memory and spills beside the destination. A sort of few rows at
-a time is quicker than one that spills (and needs no disk), a scan is thirty times quicker than
-either; so the features are sorted in a few ranges, as many as fit into memory, at most
-:data:`_PASSES` while the disk has room for what spills.
+The core sorts by way of a file of 12 bytes an activation (:mod:`.clustering`), and counts what is
+kept of each feature on the way. It wants each activation once, at a token that is there.
+
+Any other file, and one whose activations the disk has no room for, is sorted by DuckDB, which
+spills beside the destination. A sort of few rows at a time is quicker than one that spills (and
+needs no disk), a scan is thirty times quicker than either; so the features are sorted in a few
+ranges, as many as fit into memory, at most :data:`_PASSES` while the disk has room for what spills.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from numpy.typing import NDArray
 
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.execute import execute
-from r1sae_fast.features.import_files import SOURCE, attached, duckdb_memory, new_file
+from r1sae_fast.features.import_files import SOURCE, attached, duckdb_memory, fingerprint
+from r1sae_fast.features.import_sort import CoreSort, drop_tables
+from r1sae_fast.features.new_file import NewFile, new_file
+from r1sae_fast.features.places import PLACE
 from r1sae_fast.features.released.connect import registered
 from r1sae_fast.features.released.files import duckdb_tables
 from r1sae_fast.features.released.labels import read_labels
@@ -40,6 +46,7 @@ _PASSES = 16
 # Measured with DuckDB 2.0: what a row takes while it is sorted, and in the file.
 _SORT_BYTES = 96
 _FILE_BYTES = 7
+_MOST_FEATURES = 1 << 24  # that the core counts
 _ORDER = "feature_id, strength DESC, sequence_id, token_idx"
 
 Advance = Callable[[float], None]
@@ -69,8 +76,9 @@ def import_database(
     """Writes a database with the same rows, sorted by feature, its strongest first.
 
     ``destination`` is there whole or not at all: it is written beside its place
-    (``<destination>.tmp``, ``<destination>.spill.tmp``), synced and renamed. An import that is
-    killed leaves what was there before; the next one clears up and starts anew.
+    (``<destination>.tmp``, ``.work.tmp``, ``.spill.tmp``), synced and renamed. An import that is
+    killed leaves what was there before, and the next one of the same file goes on where it was.
+    Statistics (``features``, ``examples`` and so on) are made where the core sorts.
 
     Args:
         source: whatever :meth:`FeatureDB.open` takes; SQLite files of any size.
@@ -92,17 +100,22 @@ def import_database(
     _require_destination(found, destination, overwrite)
     memory = duckdb_memory(max_memory)
     labelled = None if found.labels is None else read_labels(found.labels)
+    key = json.dumps([VERSION, memory, fingerprint(found)])
+    config = {
+        "memory_limit": f"{memory >> 10}KiB",
+        "threads": str(min(os.cpu_count() or 1, max(1, memory >> 28))),
+    }
     with (
-        new_file(destination, memory) as connection,
-        attached(connection, found, destination),
+        new_file(destination, key, config, "import") as file,
+        attached(file.connection, found, destination),
     ):
-        tables = duckdb_tables(connection, SOURCE)
+        tables = duckdb_tables(file.connection, SOURCE)
         require_tables(found.path, tables)
         if "meta" in tables and "features" in tables:
             raise ValueError(
                 f"{found.path}: was built here, and is sorted by feature already; open it as it is"
             )
-        return _Import(connection, found, destination, tables, labelled, memory).run(progress)
+        return _Import(file, found, destination, tables, labelled, memory).run(progress)
 
 
 class _Import:
@@ -110,14 +123,15 @@ class _Import:
 
     def __init__(
         self,
-        connection: duckdb.DuckDBPyConnection,
+        file: NewFile,
         source: Source,
         destination: Path,
         tables: dict[str, dict[str, str]],
         labels: pa.Table | None,
         memory: int,
     ) -> None:
-        self._connection = connection
+        self._file = file
+        self._connection = file.connection
         self._source = source
         self._destination = destination
         self._tables = tables
@@ -126,15 +140,20 @@ class _Import:
 
     def run(self, progress: bool | None) -> Imported:
         """Fills the tables; the rows are counted before and after."""
-        feature, count = self._count()
+        feature, count, plain = self._count()
         tokens = self._rows("_source.main.tokens")
         activations = int(count.sum())
         ranges = self._ranges(feature, count, tokens)
         with progress_bar(
-            "importing", tokens + activations, unit="rows", shown=progress
+            "importing", tokens + 2 * activations, unit="rows", shown=progress
         ) as advance:
             self._copy_tokens(tokens, advance)
-            self._copy_activations(feature, count, ranges, tokens, advance)
+            passes = None
+            if plain and self._has_room(activations, tokens):
+                passes = self._sort(feature, count, tokens, advance)
+            if passes is None:
+                passes = len(ranges)
+                self._copy_activations(feature, count, ranges, tokens, advance)
         for table, rows in (("tokens", tokens), ("activations", activations)):
             written = self._rows(table)
             if written != rows:
@@ -142,34 +161,59 @@ class _Import:
                     f"{self._source.path}: {rows:,} rows of {table} were counted, but {written:,} "
                     "read; does another program write the file? Import it again"
                 )
-        labels = self._copy_labels()
-        d_sae = int(feature[-1]) + 1 if len(feature) else 0
-        if labels:
-            query = "SELECT max(feature_id) FROM autointerp"
-            d_sae = max(d_sae, int(execute(self._connection, query)[0][0]) + 1)
-        self._write_meta(d_sae, tokens)
-        # The release's notebook has these tables in a schema of this name.
-        execute(self._connection, "CREATE SCHEMA ds")
-        for table in ("tokens", "activations"):
-            execute(self._connection, f"CREATE VIEW ds.{table} AS SELECT * FROM main.{table}")
-        execute(self._connection, "CHECKPOINT")
-        return Imported(self._destination, tokens, activations, len(feature), labels, len(ranges))
+        with self._file.step("labels"):
+            labels = self._copy_labels()
+            d_sae = int(feature[-1]) + 1 if len(feature) else 0
+            if labels:
+                query = "SELECT max(feature_id) FROM autointerp"
+                d_sae = max(d_sae, int(execute(self._connection, query)[0][0]) + 1)
+            self._write_meta(d_sae, tokens)
+            # The release's notebook has these tables in a schema of this name.
+            execute(self._connection, "CREATE SCHEMA IF NOT EXISTS ds")
+            for table in ("tokens", "activations"):
+                execute(
+                    self._connection,
+                    f"CREATE OR REPLACE VIEW ds.{table} AS SELECT * FROM main.{table}",
+                )
+        return Imported(self._destination, tokens, activations, len(feature), labels, passes)
 
-    def _count(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Every feature that is active, and how often."""
+    def _count(self) -> tuple[NDArray[np.int64], NDArray[np.int64], bool]:
+        """Every feature that is active, and how often; whether all strengths are positive."""
         rows = execute(
             self._connection,
-            "SELECT feature_id::BIGINT, count(*) FROM _source.main.activations "
-            "GROUP BY 1 ORDER BY 1",
+            "SELECT feature_id::BIGINT, count(*), "
+            "bool_and(coalesce(strength > 0 AND isfinite(strength), false)) "
+            "FROM _source.main.activations GROUP BY 1 ORDER BY 1",
         )
-        for feature, rows_of_it in rows:
+        for feature, rows_of_it, _ in rows:
             if feature is None or not 0 <= feature < 1 << 31:
                 raise DatabaseError(
                     f"{self._source.path}: {rows_of_it:,} rows of activations are of feature "
                     f"{feature}; expected an id of at least 0"
                 )
-        table = np.array(rows, dtype=np.int64).reshape(-1, 2)
-        return table[:, 0], table[:, 1]
+        table = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+        return table[:, 0], table[:, 1], all(row[2] for row in rows)
+
+    def _has_room(self, activations: int, tokens: int) -> bool:
+        """Whether the disk has room for the core's sort."""
+        size = activations * _FILE_BYTES + self._token_bytes(tokens)
+        free = shutil.disk_usage(self._destination.parent).free
+        return free > 1.05 * size + 12 * activations + PLACE.itemsize * tokens
+
+    def _sort(
+        self, feature: NDArray[np.int64], count: NDArray[np.int64], tokens: int, advance: Advance
+    ) -> int | None:
+        """Sorts by the core; in how many parts, or None where the rows are not such as it wants."""
+        if len(feature) and feature[-1] >= _MOST_FEATURES:
+            return None
+        counts = np.zeros(int(feature[-1]) + 1 if len(feature) else 0, dtype=np.uint64)
+        counts[feature] = count
+        sort = CoreSort(self._file, counts, self._memory)
+        places = sort.places("segment" in self._tables["tokens"])
+        if places is None or not sort.scatter(places, lambda rows: advance(tokens + rows)):
+            return None
+        done = tokens + int(count.sum())
+        return sort.load(places, lambda rows: advance(done + rows))
 
     def _ranges(
         self, feature: NDArray[np.int64], count: NDArray[np.int64], tokens: int
@@ -214,7 +258,8 @@ class _Import:
 
     def _copy_tokens(self, tokens: int, advance: Advance) -> None:
         segment = "segment" if "segment" in self._tables["tokens"] else "NULL"
-        execute(self._connection, f"CREATE TABLE tokens ({TABLES['tokens']})")
+        create = f"CREATE TABLE IF NOT EXISTS tokens ({TABLES['tokens']})"
+        execute(self._connection, create)
         rows_a_pass = max(1, self._memory // (4 * _SORT_BYTES))
         low, high = execute(
             self._connection,
@@ -226,14 +271,17 @@ class _Import:
         passes = min(-(-tokens // rows_a_pass), int(high) - int(low) + 1)
         edges = [int(low) + (int(high) + 1 - int(low)) * i // passes for i in range(passes + 1)]
         for i, (start, end) in enumerate(pairwise(edges)):
-            self._run(
-                "INSERT INTO tokens SELECT sequence_id, token_idx, token, decoded_token, "
-                f"{segment} FROM _source.main.tokens WHERE sequence_id >= {start} AND "
-                f"sequence_id < {end} ORDER BY sequence_id, token_idx",
-                advance,
-                tokens * i / passes,
-                tokens * (i + 1) / passes,
-            )
+            if self._file.done(f"tokens {i}"):
+                continue
+            with self._file.step(f"tokens {i}"):
+                self._run(
+                    "INSERT INTO tokens SELECT sequence_id, token_idx, token, decoded_token, "
+                    f"{segment} FROM _source.main.tokens WHERE sequence_id >= {start} AND "
+                    f"sequence_id < {end} ORDER BY sequence_id, token_idx",
+                    advance,
+                    tokens * i / passes,
+                    tokens * (i + 1) / passes,
+                )
 
     def _copy_activations(
         self,
@@ -243,18 +291,24 @@ class _Import:
         done: int,
         advance: Advance,
     ) -> None:
-        execute(self._connection, f"CREATE TABLE activations ({TABLES['activations']})")
+        if not self._file.done("by DuckDB"):
+            with self._file.step("by DuckDB"):
+                drop_tables(self._connection)
+                execute(self._connection, f"CREATE TABLE activations ({TABLES['activations']})")
         for start, end in ranges:
             low, high = np.searchsorted(feature, [start, end])
             rows = int(count[low:high].sum())
-            self._run(
-                "INSERT INTO activations SELECT feature_id, sequence_id, token_idx, strength "
-                f"FROM _source.main.activations WHERE feature_id >= {start} AND feature_id < {end} "
-                f"ORDER BY {_ORDER}",
-                advance,
-                done,
-                done + rows,
-            )
+            step = f"range {start} to {end}"
+            if not self._file.done(step):
+                with self._file.step(step):
+                    self._run(
+                        "INSERT INTO activations SELECT feature_id, sequence_id, token_idx, "
+                        "strength FROM _source.main.activations WHERE "
+                        f"feature_id >= {start} AND feature_id < {end} ORDER BY {_ORDER}",
+                        advance,
+                        done,
+                        done + rows,
+                    )
             done += rows
 
     def _copy_labels(self) -> int:
@@ -264,7 +318,8 @@ class _Import:
                 for column in ("feature_id", "label", "quality", "interestingness", "model_name",
                                "prompt_version")
             )  # fmt: skip
-            execute(self._connection, f"CREATE TABLE autointerp ({TABLES['autointerp']})")
+            create = f"CREATE OR REPLACE TABLE autointerp ({TABLES['autointerp']})"
+            execute(self._connection, create)
             execute(
                 self._connection,
                 f"INSERT INTO autointerp SELECT {columns} FROM _source.main.autointerp",
@@ -273,7 +328,8 @@ class _Import:
             with registered(self._connection, self._labels) as name:
                 execute(
                     self._connection,
-                    f"CREATE TABLE autointerp AS SELECT * FROM {name} ORDER BY feature_id",
+                    f"CREATE OR REPLACE TABLE autointerp AS SELECT * FROM {name} "
+                    "ORDER BY feature_id",
                 )
         else:
             return 0
@@ -289,7 +345,7 @@ class _Import:
         }
         if "meta" in self._tables:  # one of ours: what it says of itself stays true
             values |= dict(execute(self._connection, "SELECT key, value FROM _source.main.meta"))
-        execute(self._connection, f"CREATE TABLE meta ({TABLES['meta']})")
+        execute(self._connection, f"CREATE OR REPLACE TABLE meta ({TABLES['meta']})")
         for key, value in values.items():
             execute(self._connection, "INSERT INTO meta VALUES (?, ?)", [key, value])
 

@@ -89,6 +89,18 @@ def places_of(codes: CodeShards, file: Path) -> TokenPlaces:
     return _counted(file, places, ranks)
 
 
+def places_in(file: Path, places: NDArray[np.void]) -> TokenPlaces | None:
+    """Of records that are in order already, without their marks of what follows; None if they
+    are not, or if two are at one place."""
+    if not _in_order(places):
+        return None
+    try:
+        _mark(str(file), places)
+    except ValueError:
+        return None
+    return _counted(file, places, None)
+
+
 def _require_known(codes: CodeShards, start: int, columns: dict[str, NDArray[np.int64]]) -> None:
     for name in ("tokens", "sequence_id", "position"):
         unknown = columns[name] < 0

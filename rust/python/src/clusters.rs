@@ -106,34 +106,53 @@ impl ActivationSpill {
         })
     }
 
-    /// Adds activations.
+    /// Adds activations at places. The first one that has no place, if any: then some were added
+    /// and others not.
     fn add(
         &self,
         py: Python<'_>,
-        features: PyReadonlyArray1<'_, u32>,
-        rows: PyReadonlyArray1<'_, u32>,
+        places: &TokenPlaces,
+        features: PyReadonlyArray1<'_, i32>,
+        sequences: PyReadonlyArray1<'_, i64>,
+        positions: PyReadonlyArray1<'_, i32>,
         strengths: PyReadonlyArray1<'_, f32>,
-    ) -> PyResult<()> {
-        let (features, rows) = (features.as_slice()?, rows.as_slice()?);
-        let strengths = strengths.as_slice()?;
-        if features.len() != rows.len() || rows.len() != strengths.len() {
+    ) -> PyResult<Option<usize>> {
+        let (features, sequences) = (features.as_slice()?, sequences.as_slice()?);
+        let (positions, strengths) = (positions.as_slice()?, strengths.as_slice()?);
+        let sizes = [
+            features.len(),
+            sequences.len(),
+            positions.len(),
+            strengths.len(),
+        ];
+        if sizes != [features.len(); 4] {
             return Err(PyValueError::new_err(format!(
-                "{} features, {} rows and {} strengths; expected as many of each",
-                features.len(),
-                rows.len(),
-                strengths.len()
+                "{sizes:?} features, sequences, positions and strengths; expected as many of each"
             )));
         }
+        let view: PyReadonlyArray1<'_, u8> = places.bytes.bind(py).try_readonly()?;
+        let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
         run_interruptible(py, move |cancel| {
+            let places = Places::checked_before(rows);
             let mut writer = self.0.writer(64 << 20);
-            for (at, (&feature, &row)) in features.iter().zip(rows).enumerate() {
+            let mut row = 0;
+            for (at, &feature) in features.iter().enumerate() {
                 if at % (1 << 16) == 0 {
                     cancel.check()?;
                 }
-                let bits = strengths[at].to_bits();
-                writer.push(Record { feature, row, bits })?;
+                match places.locate(sequences[at], positions[at], row) {
+                    Some(found) => row = found,
+                    None => return Ok(Some(at)),
+                }
+                writer.push(Record {
+                    // A negative one becomes one that is not below d_sae.
+                    feature: feature as u32,
+                    row: row as u32,
+                    bits: strengths[at].to_bits(),
+                })?;
             }
-            writer.finish()
+            writer.finish()?;
+            Ok(None)
         })
     }
 }

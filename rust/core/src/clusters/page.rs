@@ -110,7 +110,9 @@ impl<'a> Pages<'a> {
             page.histogram[bin_of(strength)] += 1;
             page.segments[place.segment()] += 1;
             page.positions[place.position_bin()] += 1;
-            self.tally.add(&self.places, row, strength, page.largest);
+            if self.options.tokens > 0 {
+                self.tally.add(&self.places, row, strength, page.largest);
+            }
         }
         page.lifts = self.tally.finish(self.options.tokens);
         page.negatives = self.negatives(seed, keys);

@@ -122,6 +122,26 @@ impl<'a> Places<'a> {
         self.rows
     }
 
+    /// The row of a place. `hint`: the row of the one asked for before; most are there or next.
+    #[inline]
+    pub fn locate(&self, sequence: i64, position: i32, hint: usize) -> Option<usize> {
+        let is = |row: usize| {
+            let found = self.rows.get(row);
+            found.is_some_and(|at| at.position == position && at.sequence() == sequence)
+        };
+        if is(hint) {
+            return Some(hint);
+        }
+        if is(hint + 1) {
+            return Some(hint + 1);
+        }
+        let key = (sequence, position);
+        let row = self
+            .rows
+            .partition_point(|at| (at.sequence(), at.position) < key);
+        is(row).then_some(row)
+    }
+
     /// The token `offset` (-1, 0 or 1) from a row's, where the text has one.
     #[inline]
     pub fn token(&self, row: usize, offset: i32) -> Option<usize> {

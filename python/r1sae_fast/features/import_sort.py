@@ -1,0 +1,126 @@
+"""The core's sort of a database that is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from r1sae_fast.features.clustering import Clusters, Keep
+from r1sae_fast.features.execute import execute
+from r1sae_fast.features.new_file import NewFile
+from r1sae_fast.features.places import PLACE, TokenPlaces, places_in
+from r1sae_fast.features.schema import SEGMENTS, TABLES
+from r1sae_fast.features.stream import arrow_reader
+from r1sae_fast.features.writing import Texts, load_bucket
+
+Advance = Callable[[float], None]
+
+_MADE = ("activations", "examples", "intervals", "negatives", "token_lift", "features")
+_NOTED_ROWS = 1 << 23  # activations between two notes of how far it is
+_MOST_TOKENS = 1 << 22  # ids that the core counts
+
+
+def drop_tables(connection: duckdb.DuckDBPyConnection) -> None:
+    """Drops what the core's sort fills."""
+    for table in _MADE:
+        execute(connection, f"DROP TABLE IF EXISTS {table}")
+
+
+class CoreSort:
+    """Sorts the activations of ``_source`` into a file whose ``tokens`` are there.
+
+    Args:
+        file: the new database.
+        counts: how often each feature is active.
+        memory: bytes that DuckDB may use; the sort takes half as many.
+    """
+
+    def __init__(self, file: NewFile, counts: NDArray[np.uint64], memory: int) -> None:
+        self._file = file
+        self._connection = file.connection
+        self._counts = counts
+        self._clusters = Clusters(file.folder, counts, memory // 2)
+        self._threads = os.cpu_count() or 1
+        self._keep = Keep(coactivations=0)
+
+    def places(self, with_segment: bool) -> TokenPlaces | None:
+        """The places of ``tokens``; None where they are not such as the core wants."""
+        outside, rows = execute(
+            self._connection,
+            "SELECT count(*) FILTER (NOT coalesce(token >= 0 AND sequence_id >= 0 AND "
+            f"token_idx >= 0 AND token < {_MOST_TOKENS}, false)), count(*) FROM tokens",
+        )[0]
+        if outside or not rows or rows >= 1 << 32:
+            return None
+        file: Path = self._file.folder / "places"
+        records = np.memmap(file, dtype=PLACE, mode="w+", shape=int(rows))
+        names = pa.array(SEGMENTS.values(), pa.string())
+        start = 0
+        relation = self._connection.sql("SELECT sequence_id, token_idx, token, segment FROM tokens")
+        for batch in arrow_reader(relation):
+            part = records[start : start + batch.num_rows]
+            for name, column in zip(("sequence", "position", "token"), batch.columns, strict=False):
+                part[name] = column.to_numpy(zero_copy_only=False)
+            part["marks"] = len(SEGMENTS)
+            if with_segment:
+                numbers = pa.compute.index_in(batch.column(3), names).fill_null(len(SEGMENTS))
+                part["marks"] = numbers.to_numpy(zero_copy_only=False)
+            start += batch.num_rows
+        return places_in(file, records)
+
+    def scatter(self, places: TokenPlaces, advance: Advance) -> bool:
+        """Brings the activations of each feature together; whether all have a place."""
+        total, core = int(self._counts.sum()), places.core()
+        while self._clusters.added < total:
+            start = self._clusters.added
+            stop = start + _NOTED_ROWS
+            relation = self._connection.sql(
+                "SELECT feature_id::INTEGER, sequence_id::BIGINT, token_idx::INTEGER, "
+                "strength::FLOAT FROM _source.main.activations "
+                f"WHERE rowid >= {start} AND rowid < {stop}"
+            )
+            rows = 0
+            for batch in arrow_reader(relation):
+                columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
+                if any(column.null_count for column in batch.columns):
+                    return False
+                if not self._clusters.add(core, columns):
+                    return False
+                rows += batch.num_rows
+            # Rows that were deleted leave numbers that no row has.
+            if rows != min(stop, total) - start:
+                return False
+            self._clusters.note(start + rows)
+            advance(start + rows)
+        return True
+
+    def load(self, places: TokenPlaces, advance: Advance) -> int | None:
+        """Fills the tables; in how many parts, or None where a row is there twice."""
+        if not self._file.done("by the core"):
+            with self._file.step("by the core"):
+                for table in _MADE:
+                    create = f"CREATE OR REPLACE TABLE {table} ({TABLES[table]})"
+                    execute(self._connection, create)
+        known = execute(
+            self._connection, "SELECT token, any_value(decoded_token) FROM tokens GROUP BY token"
+        )
+        texts, core, done = Texts(None, dict(known)), places.core(), 0
+        for bucket in range(self._clusters.buckets):
+            features = self._clusters.features(bucket)
+            step = f"features {features.start} to {features.stop}"
+            if not self._file.done(step):
+                try:
+                    tables = self._clusters.tables(bucket, core, self._keep, self._threads)
+                except ValueError:
+                    return None
+                with self._file.step(step):
+                    load_bucket(self._connection, features, tables, self._counts, places, texts)
+            done += int(self._counts[features.start : features.stop].sum())
+            advance(done)
+        return self._clusters.buckets

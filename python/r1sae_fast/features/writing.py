@@ -1,0 +1,103 @@
+"""Rows on their way into the tables of a new database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from r1sae_fast.features.clustering import Tables
+from r1sae_fast.features.execute import execute
+from r1sae_fast.features.places import TokenPlaces
+from r1sae_fast.features.schema import SEGMENTS
+from r1sae_fast.features.stream import ArrowStream
+
+Decode = Callable[[int], str]
+
+
+class Texts:
+    """The text of each token, asked for once."""
+
+    def __init__(
+        self, decode: Decode | None, known: Mapping[int, str | None] | None = None
+    ) -> None:
+        self._decode = decode
+        self._texts = dict(known or {})
+
+    def of(self, tokens: NDArray[np.int32]) -> pa.Array:
+        """Their texts."""
+        distinct, inverse = np.unique(tokens, return_inverse=True)
+        texts = [self.text(token) for token in distinct.tolist()]
+        return pa.array(texts, pa.string()).take(pa.array(inverse))
+
+    def text(self, token: int) -> str | None:
+        """A token's text."""
+        if self._decode is None:
+            return self._texts.get(token)
+        if token not in self._texts:
+            text = self._decode(token)
+            if not isinstance(text, str):
+                raise TypeError(f"decode({token}) gave a {type(text).__name__}; expected a str")
+            # Half of a surrogate pair can't be stored as UTF-8.
+            self._texts[token] = text.encode("utf-8", "replace").decode("utf-8")
+        return self._texts[token]
+
+
+def load_bucket(
+    connection: duckdb.DuckDBPyConnection,
+    features: range,
+    tables: Tables,
+    all_counts: NDArray[np.uint64],
+    places: TokenPlaces,
+    texts: Texts,
+) -> None:
+    """Appends what the core found of the ``features`` of a bucket."""
+    for table in ("activations", "examples", "intervals", "negatives"):
+        insert(connection, table, tables[table])
+    lifts = tables["token_lift"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lift = lifts["share"] / lifts["base"]
+    insert(
+        connection,
+        "token_lift",
+        {**lifts, "lift": lift, "decoded_token": texts.of(lifts["token"])},
+    )
+    found, size = tables["features"], len(features)
+    counts = all_counts[features.start : features.stop].astype(np.int64)
+    segments = found["segments"].reshape(size, len(SEGMENTS) + 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # A segment without tokens has no density: NaN, stored as NULL.
+        density = segments / places.segments
+        mean = found["sum"] / counts
+    columns = {
+        "feature_id": np.arange(features.start, features.stop, dtype=np.int32),
+        "count": counts,
+        "density": counts / max(places.rows, 1),
+        "mean": mean,
+        "max": found["max"],
+        "histogram": _lists(found["histogram"], size),
+        **{f"density_{name}": density[:, i] for i, name in SEGMENTS.items()},
+        "position_counts": _lists(found["positions"], size),
+    }
+    insert(connection, "features", columns)
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
+    """Appends columns (arrays of NumPy or Arrow) to those of their names. NaN becomes NULL."""
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
+        for column in columns.values()
+    ]
+    schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
+    with ArrowStream(connection, schema, iter([arrays])) as name:
+        execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
+
+
+def _lists(values: NDArray[Any], rows: int) -> pa.Array:
+    """``[rows * n]`` as lists of n."""
+    size = len(values) // max(rows, 1)
+    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, values)
