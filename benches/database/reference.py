@@ -47,7 +47,9 @@ QUERIES = {
         ELSE 1 + floor(log2(token_idx))::INTEGER END AS bin, count(*)
         FROM activations JOIN tokens USING (sequence_id, token_idx) GROUP BY ALL""",
     "examples": """
-        SELECT feature_id, (unnest(max_by((strength, sequence_id, token_idx), strength, 20))).*
+        SELECT feature_id, unnest(
+            max_by({'s': strength, 'q': sequence_id, 't': token_idx}, strength, 20),
+            recursive := true)
         FROM (SELECT feature_id, sequence_id, max(strength) AS strength,
               arg_max(token_idx, strength) AS token_idx FROM activations GROUP BY ALL)
         GROUP BY feature_id""",
