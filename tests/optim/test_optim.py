@@ -375,6 +375,30 @@ def test_a_step_twice_with_the_same_gradient_counts_both_once() -> None:
 # -- bad input ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_dense_gradient_beside_a_product_on_the_same_rows(transposed: bool) -> None:
+    weight = torch.ones(5, 3)
+    parameter = torch.nn.Parameter(weight.T if transposed else weight)
+    factored = FactoredGradient(5, 3)
+    factored.add_product(torch.tensor([1, 4]), torch.ones(2, 2), torch.ones(2, 3))
+    parameter.factored_grad = factored  # type: ignore[attr-defined]
+    dense = torch.zeros(5, 3)
+    dense[4, 2] = 1.0
+    parameter.grad = dense.T if transposed else dense
+    before = parameter.detach().clone()
+    with pytest.raises(ValueError, match=r"feature 4 has a gradient in \.grad and in a product"):
+        Adam([parameter], lr=0.1).step()
+    assert torch.equal(parameter, before)
+    # Rows that only one of them has are no matter.
+    dense[4] = 0.0
+    dense[0] = 1.0
+    twin = torch.nn.Parameter(before.clone())
+    twin.grad = (dense + factored.to_dense()).T if transposed else dense + factored.to_dense()
+    Adam([parameter], lr=0.1).step()
+    torch.optim.Adam([twin], lr=0.1).step()
+    torch.testing.assert_close(parameter, twin)
+
+
 def test_bad_settings_are_refused() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     for settings_, message in (

@@ -327,6 +327,43 @@ def test_states_of_before_there_were_blocks(shards: ActivationShards) -> None:
     assert before + order(again) == epoch_order(0, 0)
 
 
+class Cold:
+    """Shards that come from the disk, and the rows that the system is asked for."""
+
+    is_cold = True
+
+    def __init__(self, shards: ActivationShards) -> None:
+        self.shards = shards
+        self.asked: list[int] = []
+
+    def will_be_read(self, start: int, stop: int) -> None:
+        self.asked += range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.shards, name)
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 2, 3, 9, 14])
+@pytest.mark.parametrize("size", [7, 45])
+def test_windows_are_asked_for_once_from_wherever_a_loop_begins(
+    shards: ActivationShards, skipped: int, size: int
+) -> None:
+    whole = order(shards.loader(size, seed=5, blocks=(10, 3)))
+    first = shards.loader(size, seed=5, blocks=(10, 3))
+    order(first, skipped) if skipped else None
+    cold: Any = Cold(shards)
+    loader = shards.loader(size, seed=5, blocks=(10, 3))
+    loader.shards = cold
+    loader.load_state_dict(first.state_dict())
+    seen = order(loader)
+    assert seen == whole[skipped * size :] or not whole[skipped * size :]
+    assert set(seen) <= set(cold.asked)
+    assert len(set(cold.asked)) == len(cold.asked)
+
+
 @pytest.mark.parametrize("blocks", [(0, 1), (1, 0), (1,), (1.0, 2), 5, "ab"])
 def test_bad_blocks(shards: ActivationShards, blocks: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="block"):

@@ -44,9 +44,12 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
         state: empty before the first step.
 
     Raises:
-        ValueError: a factored gradient for a parameter that Rust can't take.
+        ValueError: a factored gradient for a parameter that Rust can't take; a dense one that adds
+            to rows of a factored one that is a product.
     """
     factored = factored_gradient(parameter)
+    if factored is not None and parameter.grad is not None:
+        _refuse_both(parameter.grad, parameter, factored)
     if not state:
         state["step"] = torch.zeros(())
         for name in ("exp_avg", "exp_avg_sq"):
@@ -87,6 +90,19 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
             "contiguous or its transpose"
         )
     _plain_step(settings, state, parameter)
+
+
+def _refuse_both(gradient: Tensor, parameter: Tensor, factored: FactoredGradient) -> None:
+    """Rows of a product are stepped with the product alone, so nothing may be lost in ``.grad``."""
+    for product in factored.products:
+        twice = _as_rows(gradient, parameter)[product.features].any(dim=1)
+        if twice.any():
+            feature = int(product.features[twice.nonzero()[0]])
+            raise ValueError(
+                f"feature {feature} has a gradient in .grad and in a product of the factored "
+                "gradient, which can't be added; compute all of the loss with sparse_grad, or add "
+                "factored_grad.to_dense() to .grad and delete factored_grad"
+            )
 
 
 def _fused_step(

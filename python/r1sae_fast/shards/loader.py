@@ -97,6 +97,9 @@ class ShardLoader:
         self.part = part
         self._epoch = 0
         self._row = 0
+        # The window in blocks that the system was asked for last: its epoch, and where the one
+        # behind it begins.
+        self._asked: tuple[int, int | None] | None = None
         # What is read ahead, and one that the caller is about to drop.
         self._pool = self._buffers()
 
@@ -135,6 +138,7 @@ class ShardLoader:
         if self._batches_an_epoch() == 0:
             return
         ahead = _Ahead(self)
+        self._asked = None
         try:
             while True:
                 place = self.place_from(self._epoch, self._row)
@@ -215,18 +219,24 @@ class ShardLoader:
         return self.shards.gather(rows, self._pool, pin_memory=self.pin_memory)
 
     def _read_windows_ahead(self, place: Place) -> None:
-        """Has the system fetch the blocks of the window behind this place's, while that is read."""
+        """Has the system fetch the blocks of this place's window and of the one behind it: once a
+        window, as soon as it is known that rows come from the disk, wherever the loop began."""
         if self.blocks is None or not self.shards.is_cold:
             return
         where = (len(self.shards), self.seed, place.epoch, self.blocks)
-        first = place.start == 0
         ranges, following = _core.block_window(*where, place.start)
-        wanted = ranges if first else []
-        # Once a window: with the batch in which it begins.
-        enters = first or _core.block_window(*where, place.start - 1)[1] != following
-        if following is not None and enters:
-            wanted = wanted + _core.block_window(*where, following)[0]
-        for start, stop in wanted:
+        before, self._asked = self._asked, (place.epoch, following)
+        if before == self._asked:
+            return
+        wanted = [] if following is None else _core.block_window(*where, following)[0]
+        # The window behind another was asked for with that one.
+        epoch, behind = before or (None, None)
+        was_asked = (
+            epoch == place.epoch
+            and behind is not None
+            and _core.block_window(*where, behind)[1] == following
+        )
+        for start, stop in wanted if was_asked else ranges + wanted:
             self.shards.will_be_read(start, stop)
 
     def _batches_an_epoch(self) -> int:
