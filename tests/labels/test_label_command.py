@@ -69,6 +69,8 @@ def test_a_cap(server: Server, run: Run, knowing: Behave, database: Path) -> Non
     [
         (("{db}", "--features", "1-x"), "'1-x' is no feature"),
         (("{db}", "--features", "99"), "no feature 99"),
+        (("{db}", "--features", "0-99999999999999"), "no feature 99999999999999"),
+        (("{db}", "--features", "5-3"), "goes backwards"),
         (("{db}", "--price-in", "1"), "only one price"),
         (("{db}", "--max-cost", "1"), "prices"),
         (("{db}", "--explain", "7"), "multiples of quantiles"),
@@ -115,6 +117,11 @@ def test_a_server_that_refuses(
 def test_urls_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match="R1SAE_LABEL_URL"):
         Endpoint(url, "m")
+
+
+@pytest.mark.parametrize("url", ["http://h/v1", "http://h/v1/", "http://h/v1/chat/completions"])
+def test_urls(url: str) -> None:
+    assert Endpoint(url, "m").chat_url == "http://h/v1/chat/completions"
 
 
 def test_keys_that_are_none() -> None:

@@ -265,6 +265,40 @@ def test_merging_twice_is_merging_once(
         assert content(database) == once
 
 
+def test_other_names_of_a_database(
+    server: Server, endpoint: Endpoint, knowing: Behave, database: Path
+) -> None:
+    server.behave = knowing
+    link = database.with_name("link.ddb")
+    link.symlink_to(database)
+    label_features(link, endpoint, LabelSettings(scorers=()), [1])
+    assert link.is_symlink()
+    with FeatureDB(database) as db:
+        assert db.labels(1)[0].label == "feature 1"
+
+
+def test_a_new_database_in_the_place_of_one_whose_merge_was_killed(
+    server: Server,
+    nursery: Nursery,
+    database: Path,
+    knowing: Behave,
+    built: Path,
+) -> None:
+    """DuckDB's log of the old one would not fit the new one."""
+    server.behave = knowing
+    log = database.with_name(database.name + ".wal")
+    nursery.start(database, server, 14)  # committed, but not in the file itself
+    assert nursery.end() == -signal.SIGKILL
+    assert log.exists()
+    FeatureDB.build(database, built.parent / "codes", overwrite=True).close()
+    with FeatureDB(database) as db:
+        assert len(db.labels(1)) == 1
+    # Built from the same codes: what was paid for is not lost.
+    assert merge_labels(database) == 3
+    with FeatureDB(database) as db:
+        assert db.labels(1)[0].label == "feature 1"
+
+
 def test_journals_that_are_none(endpoint: Endpoint, database: Path) -> None:
     journal = journal_path(database)
     for data, message in (

@@ -188,20 +188,27 @@ def _features(
 
     if features is None and sample is None:
         return None
-    wanted = None if features is None else _parse(features)
+    ranges = None if features is None else _parse(features)
     with FeatureDB(database) as db:
-        chosen = select(db, wanted)
+        if ranges is not None:
+            select(db, [numbers[-1] for numbers in ranges])  # refuses what is too large
+        chosen = select(db, None if ranges is None else [n for part in ranges for n in part])
     return chosen if sample is None else some_of(chosen, sample, seed)
 
 
-def _parse(text: str) -> list[int]:
-    """``3,17,100-199`` as numbers."""
-    found: list[int] = []
+def _parse(text: str) -> list[range]:
+    """``3,17,100-199`` as ranges: nothing is counted out yet, whatever the numbers are."""
+    found: list[range] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() if dash else True)):
             raise ValueError(f"--features: {part.strip()!r} is no feature or range; e.g. 3,100-199")
-        found += range(int(first), int(last if dash else first) + 1)
+        numbers = range(int(first), int(last if dash else first) + 1)
+        if not numbers:
+            raise ValueError(
+                f"--features: {part.strip()!r} goes backwards; expected {last}-{first}"
+            )
+        found.append(numbers)
     return found
 
 

@@ -104,6 +104,8 @@ def new_file(
                     shutil.rmtree(work, ignore_errors=True)
                     _wal(temporary).unlink(missing_ok=True)
                 require_not_open(path)
+                # The old file's, from a write that was killed: DuckDB would refuse the new one.
+                _wal(path).unlink(missing_ok=True)
         except duckdb.Error as error:
             raise DatabaseError(_why_not_written(path, error, advice)) from None
 

@@ -55,7 +55,7 @@ class Endpoint:
     @property
     def chat_url(self) -> str:
         """Where requests go."""
-        return self.url.rstrip("/") + "/chat/completions"
+        return self.url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
 
     @property
     def scorer(self) -> str:
@@ -70,7 +70,8 @@ class Endpoint:
             LabelError: the URL or the model is not set.
             ValueError: what is set is no endpoint.
         """
-        missing = [name for name in (URL, MODEL) if not environment.get(name)]
+        told = {name: environment.get(name, "").strip() for name in (URL, MODEL, KEY, SCORER)}
+        missing = [name for name in (URL, MODEL) if not told[name]]
         if missing:
             raise LabelError(
                 f"no language model to ask: {' and '.join(missing)} not set in the environment "
@@ -78,9 +79,4 @@ class Endpoint:
                 f"and {KEY} where the server wants a key); until then features keep their counted "
                 "labels"
             )
-        return cls(
-            environment[URL],
-            environment[MODEL],
-            environment.get(KEY, "").strip() or None,
-            environment.get(SCORER) or None,
-        )
+        return cls(told[URL], told[MODEL], told[KEY] or None, told[SCORER] or None)

@@ -46,7 +46,7 @@ def merge_labels(path: str | Path) -> int:
             has no room for a copy; the journal stays.
         LabelError: a journal of another database.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     require_not_open(path)
     with labelling_lock(path):
         with FeatureDB(path) as db:
@@ -95,8 +95,13 @@ def _into_copy(path: Path, finished: Sequence[Finished]) -> None:
     """Readers go on reading the old file; whoever opens the database then gets the new one."""
     size = path.stat().st_size
     free = shutil.disk_usage(path.parent).free
-    log = path.with_name(path.name + ".wal")
-    if log.exists() or free < size + _SPARE:
+    if path.with_name(path.name + ".wal").exists():
+        raise DatabaseError(
+            f"{path}: others are reading it, and a write to it was killed before; the labels are "
+            f"kept in {journal_path(path)}: close the database elsewhere, then run r1sae label "
+            "--merge"
+        )
+    if free < size + _SPARE:
         raise DatabaseError(
             f"{path}: others are reading it, and a copy of {size / 1e9:.1f} GB to write to needs "
             f"more than the {free / 1e9:.1f} GB that are free; the labels are kept in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -110,12 +111,15 @@ def label_features(
         ValueError: a cap without prices, or no such feature.
         MissingExtraError: httpx2 is not installed.
     """
-    path, settings = Path(path), settings or LabelSettings()
+    # Resolved: the journal and the lock of a database are the same by whatever name it is called.
+    path, settings = Path(path).resolve(), settings or LabelSettings()
     if max_cost is not None and (prices is None or not max_cost > 0):
         raise ValueError(
             "max_cost needs the prices of tokens" if prices is None else "max_cost must be above 0"
         )
     require_not_open(path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise DatabaseError(f"{path}: can't be written to; labels would have no place")
     run = LabelRun(model_name=endpoint.model, prompt_version=settings.prompt_version)
     with labelling_lock(path):
         with FeatureDB(path) as db:
@@ -167,7 +171,7 @@ def _merge(path: Path, journal: Journal, run: LabelRun) -> None:
     try:
         merge(path, journal)
         run.unmerged = None
-    except DatabaseError as error:
+    except (DatabaseError, OSError) as error:
         run.unmerged = str(error)
 
 

@@ -121,7 +121,7 @@ class Sampler:
             [feature, feature],
         )
         places = [(row["sequence_id"], row["part"]) for row in rows]
-        windows = self._read(feature, places)
+        windows = self._read(places, feature)
         kept: list[Window] = []
         quantiles: list[int] = []
         texts: set[tuple[str, ...]] = set()
@@ -165,7 +165,7 @@ class Sampler:
         for places in self._draws(feature):
             active = self._where_active(feature, places)
             silent = [place for place in places if place not in active]
-            windows = self._read(feature, silent)
+            windows = self._read(silent, None)
             for place in silent:
                 window = windows.get(place)
                 if window is None or window.texts in texts:
@@ -221,7 +221,8 @@ class Sampler:
 
     # -- their tokens ---------------------------------------------------------------------------
 
-    def _read(self, feature: int, places: Sequence[Place]) -> dict[Place, Window]:
+    def _read(self, places: Sequence[Place], feature: int | None) -> dict[Place, Window]:
+        """The tokens of windows, with a feature's strengths or (None) without any."""
         context = self._settings.context
         tokens: dict[Place, list[tuple[int, str]]] = {}
         for start in range(0, len(places), _RANGES):
@@ -239,12 +240,12 @@ class Sampler:
                     )
                 place = (row["sequence_id"], row["token_idx"] // context)
                 tokens.setdefault(place, []).append((row["token_idx"], row["decoded_token"]))
-        sequences = ", ".join(str(int(s)) for s in sorted({place[0] for place in tokens}))
         strengths: dict[Place, float] = {}
-        if sequences:
+        if tokens and feature is not None:
+            within = ", ".join(f"({int(sequence)}, {int(part)})" for sequence, part in tokens)
             for row in self._rows(
-                "SELECT sequence_id, token_idx, strength FROM activations "
-                f"WHERE feature_id = ? AND sequence_id IN ({sequences})",
+                "SELECT sequence_id, token_idx, strength FROM activations WHERE feature_id = ? "
+                f"AND (sequence_id, token_idx // {context}) IN ({within})",
                 [feature],
             ):
                 strengths[row["sequence_id"], row["token_idx"]] = row["strength"]
