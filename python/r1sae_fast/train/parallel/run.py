@@ -50,10 +50,11 @@ def train_in_parallel(
 ) -> FastSAE | None:
     """:func:`r1sae_fast.train.train` in ``layout.processes`` processes, all of which call it.
 
-    They are started by torchrun (or have called ``torch.distributed.init_process_group``), read
-    the same shards and see the same folder. Selection, dead counts, norms and averages are those
-    of the whole batch and all features: the weights are a single process's but for the order in
-    which numbers are added up. So is the checkpoint: a run may go on in any number of processes.
+    They are started by torchrun (or have called ``torch.distributed.init_process_group``, with
+    "gloo" or, for GPUs, "cpu:gloo,cuda:nccl"), read the same shards and see the same folder.
+    Selection, dead counts, norms and averages are those of the whole batch and all features: the
+    weights are a single process's but for the order in which numbers are added up. So is the
+    checkpoint: a run may go on in any number of processes.
 
     Args:
         shards: what to train on; each process reads its part of every batch.
