@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import email.utils
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -119,9 +120,11 @@ def test_nobody_there(endpoint: Endpoint, sleeps: list[float]) -> None:
         sleeps.append(seconds)
 
     async def go() -> None:
-        nowhere = Endpoint("http://127.0.0.1:9/v1", "a-model")
-        async with Client(nowhere, Budget(None, None), sleep=sleep) as client:
-            await client.ask(REQUEST)
+        with socket.socket() as bound:  # and not listening
+            bound.bind(("127.0.0.1", 0))
+            nowhere = Endpoint(f"http://127.0.0.1:{bound.getsockname()[1]}/v1", "a-model")
+            async with Client(nowhere, Budget(None, None), sleep=sleep) as client:
+                await client.ask(REQUEST)
 
     with pytest.raises(EndpointError, match=r"can't connect.*is the server running"):
         asyncio.run(go())
@@ -206,6 +209,24 @@ def test_other_styles_of_the_api(server: Server, answers: Any, ask: Any) -> None
     )
     assert ask().text == "hello"
     assert server.asked[-1].body.keys() == {"model", "messages", "max_completion_tokens"}
+
+
+def test_another_style_while_others_are_asked(
+    server: Server, endpoint: Endpoint, make_answer: Answer
+) -> None:
+    """All leave in the old style; none of them is refused for good."""
+
+    def behave(asked: Any) -> Any:
+        if "max_tokens" in asked.body:
+            return make_answer(status=400, raw=b'{"error": {"message": "max_completion_tokens!"}}')
+        return make_answer(**GOOD)
+
+    async def go() -> list[Reply]:
+        async with Client(endpoint, Budget(None, None), jobs=6) as client:
+            return await asyncio.gather(*(client.ask(REQUEST) for _ in range(6)))
+
+    server.behave = behave
+    assert {reply.text for reply in asyncio.run(go())} == {"hello"}
 
 
 def test_huge(server: Server, answers: Any, ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:

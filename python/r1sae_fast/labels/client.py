@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from r1sae_fast.errors import LabelError, MissingExtraError
 from r1sae_fast.labels.cost import Budget
@@ -40,6 +40,17 @@ class EndpointError(LabelError):
 
 class RequestError(LabelError):
     """This request can't succeed; others may."""
+
+
+class _TooLongError(RequestError):
+    pass
+
+
+class _Style(NamedTuple):
+    """How a request is written; of several under way, the first that is refused changes it."""
+
+    new: bool  # max_completion_tokens in place of max_tokens
+    no_temperature: bool
 
 
 class _Transient(Exception):
@@ -153,8 +164,11 @@ class Client:
             self.waiting = ""
             self._reached = True
             return reply
-        except _Transient as error:
-            billed = error.sent
+        except BaseException as error:
+            # Refused or never reached costs nothing; anything else (ctrl-c too) may be paid for.
+            billed = isinstance(error, _TooLongError) or not isinstance(error, LabelError)
+            if isinstance(error, _Transient):
+                billed = error.sent
             if billed:
                 self.lost_tries += 1
                 lost(self._budget.worst(request))
@@ -175,8 +189,10 @@ class Client:
 
     async def _try(self, request: Request) -> Reply:
         httpx = self._httpx
+        style = _Style(self._new_style, self._no_temperature)
         try:
-            status, headers, body = await asyncio.wait_for(self._post(request), self._timeout)
+            post = self._post(request, style)
+            status, headers, body = await asyncio.wait_for(post, self._timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             why = f"can't connect ({error or type(error).__name__})"
             raise _Transient(why, reached=False) from None
@@ -187,37 +203,37 @@ class Client:
             raise _Transient(why, sent=True) from None
         if status == 200:
             return _reply(body)
-        await self._refused(request, status, headers, body)
+        await self._refused(style, status, headers, body)
         return await self._try(request)  # in another style
 
-    async def _post(self, request: Request) -> tuple[int, httpx2.Headers, bytes]:
+    async def _post(self, request: Request, style: _Style) -> tuple[int, httpx2.Headers, bytes]:
         body: dict[str, Any] = {
             "model": request.model,
             "messages": [{"role": role, "content": text} for role, text in request.messages],
         }
-        body["max_completion_tokens" if self._new_style else "max_tokens"] = request.max_tokens
-        if not self._no_temperature:
+        body["max_completion_tokens" if style.new else "max_tokens"] = request.max_tokens
+        if not style.no_temperature:
             body["temperature"] = request.temperature
         async with self._client.stream("POST", self._endpoint.chat_url, json=body) as response:
             data = bytearray()
             async for piece in response.aiter_bytes():
                 data += piece
                 if len(data) > MAX_BYTES:
-                    raise RequestError(
+                    raise _TooLongError(
                         f"{self._endpoint.url}: an answer of more than {MAX_BYTES >> 20} MiB"
                     )
             return response.status_code, response.headers, bytes(data)
 
     async def _refused(
-        self, request: Request, status: int, headers: httpx2.Headers, body: bytes
+        self, style: _Style, status: int, headers: httpx2.Headers, body: bytes
     ) -> None:
         """Raises what a status other than 200 means; returns to have the request sent again."""
         said = self._clean(_said(body))
         what = f"{self._endpoint.url}: HTTP {status}: {said}"
-        if status == 400 and not self._new_style and "max_completion_tokens" in said:
+        if status == 400 and not style.new and "max_completion_tokens" in said:
             self._new_style = True
             return
-        if status == 400 and not self._no_temperature and "temperature" in said:
+        if status == 400 and not style.no_temperature and "temperature" in said:
             self._no_temperature = True
             return
         if status == 402 or (status == 429 and "insufficient_quota" in said):

@@ -166,8 +166,14 @@ class Journal:
 
     def _write(self, entry: dict[str, Any]) -> None:
         data = _line(entry)
-        while data:  # one call but for a full disk, which raises
-            data = data[os.write(self._descriptor, data) :]
+        before = os.fstat(self._descriptor).st_size
+        try:
+            while data:  # one call but for a full disk, which raises
+                data = data[os.write(self._descriptor, data) :]
+        except OSError:
+            # Half a line would make one of the next, which is of another request.
+            os.truncate(self.path, before)
+            raise
 
     def _read(self) -> None:
         content = self.path.read_bytes()

@@ -107,9 +107,14 @@ def _into_copy(path: Path, finished: Sequence[Finished]) -> None:
             f"more than the {free / 1e9:.1f} GB that are free; the labels are kept in "
             f"{journal_path(path)}: close the database elsewhere, then run r1sae label --merge"
         )
-    with replacing(path) as temporary:
-        shutil.copyfile(path, temporary)
-        _write(path, duckdb.connect(str(temporary), config=_CONFIG), finished)
+    try:
+        with replacing(path) as temporary:
+            shutil.copyfile(path, temporary)
+            _write(path, duckdb.connect(str(temporary), config=_CONFIG), finished)
+    except OSError as error:
+        raise DatabaseError(
+            f"{path}: labels can't be merged: {error}; they are kept in {journal_path(path)}"
+        ) from error
 
 
 def _write(path: Path, connection: duckdb.DuckDBPyConnection, finished: Sequence[Finished]) -> None:
