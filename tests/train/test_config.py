@@ -105,3 +105,13 @@ def test_schedule_in_numbers() -> None:
     assert [config.rate(step) for step in (0, 4, 9, 50, 75, 99)] == pytest.approx(
         [0.2, 1.0, 2.0, 2.0, 1.0, 0.04]
     )
+
+
+def test_the_default_rate_grows_as_runs_get_shorter() -> None:
+    def peak(steps: int, **settings: Any) -> float:
+        config = TrainConfig(d_sae=2**14, tokens=steps, batch_size=1, **settings)
+        return config.peak_learning_rate / 2e-4
+
+    assert [round(peak(steps, k=4), 2) for steps in (10**6, 30_000, 3000, 100)] == [1, 1, 5.01, 20]
+    assert round(peak(300, mode="relu"), 2) == 10
+    assert peak(300, k=4, learning_rate=2e-4) == 1

@@ -39,8 +39,9 @@ class TrainConfig:
         tokens: rows to train on in all; the shards are gone through again as often as needed.
         batch_size: rows of a step.
         learning_rate: Adam's peak; default ``2e-4 / sqrt(d_sae / 2**14)`` (arXiv:2406.04093) for
-            30,000 steps and more, and larger by ``sqrt(30_000 / steps)`` for fewer, up to tenfold:
-            a short run has no time for small steps (found on TinyR1's residuals).
+            30,000 steps and more, and larger by ``(30_000 / steps) ** 0.7`` for fewer, up to
+            20-fold (with jumprelu and relu the square root, up to tenfold): a short run has no
+            time for small steps (found on TinyR1's residuals).
         beta1: Adam's decay of the mean gradient.
         beta2: Adam's decay of the mean squared gradient.
         adam: "dense": the moments of a row whose feature has no codes decay and it moves on, as in
@@ -260,7 +261,8 @@ class TrainConfig:
         """``learning_rate`` or its default."""
         if self.learning_rate is not None:
             return self.learning_rate
-        shortness = min(max(1.0, math.sqrt(30_000 / self.steps)), 10.0)
+        power, most = (0.5, 10.0) if self.penalised else (0.7, 20.0)
+        shortness = min(max(1.0, (30_000 / self.steps) ** power), most)
         return 2e-4 / math.sqrt(self.d_sae / 2**14) * shortness
 
     @property
