@@ -179,6 +179,7 @@ def sort(data: Data) -> dict[str, object]:
         ways["table"] = from_table
     for name, work in ways.items():
         took[name] = timed(work)
+        sys.stderr.write(f"{name}: {took[name]:.2f} s\n")
         file = folder / f"{name}.ddb"
         sizes[name] = file.stat().st_size / int(data.rows * K)
         file.unlink()
