@@ -262,7 +262,7 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         power, most = (0.5, 10.0) if self.penalised else (0.7, 20.0)
-        shortness = min(max(1.0, (30_000 / self.steps) ** power), most)
+        shortness = min(max(1.0, math.pow(30_000 / self.steps, power)), most)
         return 2e-4 / math.sqrt(self.d_sae / 2**14) * shortness
 
     @property
