@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import machine, results
-from harness.compare import TOLERANCE, better, compare, read_baseline, write_baseline
+from harness.compare import FATAL, TOLERANCE, better, compare, read_baseline, write_baseline
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHES = ROOT / "benches"
@@ -75,6 +75,7 @@ def check(
     baselines: Path,
     *,
     tolerance: float = TOLERANCE,
+    fatal: float = FATAL,
     seconds: float = 0.5,
     busy: float = BUSY,
 ) -> int:
@@ -96,7 +97,7 @@ def check(
     found = {result["name"]: result for result in run["results"]}
     quiet = others.share <= busy
     for _ in range(AGAIN):
-        slow = [v.name for v in compare(found.values(), baseline, tolerance) if v.failed]
+        slow = [v.name for v in compare(found.values(), baseline, tolerance, fatal) if v.slow]
         again = sorted({found[name]["test"] for name in slow if name in found})
         if not again:
             break
@@ -106,8 +107,11 @@ def check(
         quiet = quiet or others.share <= busy
         for result in repeated:
             found[result["name"]] = better(found[result["name"]], result)
-    verdicts = compare(found.values(), baseline, tolerance)
-    print(f"\nbench-check against {path.name} (a path may lose {tolerance:.0%} of its lead)")
+    verdicts = compare(found.values(), baseline, tolerance, fatal)
+    print(
+        f"\nbench-check against {path.name} (a path that lost {tolerance:.0%} of its lead is told, "
+        f"one that lost {fatal:.0%} fails)"
+    )
     for verdict in verdicts:
         print(f"  {verdict.line()}")
     failed = sum(verdict.failed for verdict in verdicts)
@@ -119,7 +123,13 @@ def check(
             "nothing, so this passes"
         )
         return 0
-    print(f"bench-check: {failed} of {len(verdicts)} failed" if failed else "bench-check: all well")
+    slower = sum(verdict.slow for verdict in verdicts)
+    if failed:
+        print(f"bench-check: {failed} of {len(verdicts)} failed")
+    elif slower:
+        print(f"bench-check: {slower} of {len(verdicts)} slower, none so much that it fails")
+    else:
+        print("bench-check: all well")
     return 1 if failed else 0
 
 
@@ -133,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="whose median is the baseline")
     parser.add_argument("--baselines", type=Path, default=BENCHES / "baselines")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
+    parser.add_argument("--fatal", type=float, default=FATAL, help="what fails; at least tolerance")
     parser.add_argument("--busy", type=float, default=BUSY, help="what others may take of the CPUs")
     parser.add_argument("--seconds", type=float, default=0.5, help="for one contest")
     chosen = parser.parse_args(arguments)
@@ -141,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen.targets,
             chosen.baselines,
             tolerance=chosen.tolerance,
+            fatal=chosen.fatal,
             seconds=chosen.seconds,
             busy=chosen.busy,
         )

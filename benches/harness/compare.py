@@ -13,7 +13,10 @@ from harness.timing import REFERENCE
 from r1sae_fast.atomic import write_bytes
 
 TOLERANCE = 0.2
-"""How much of its lead over the reference a path may lose."""
+"""How much of its lead over the reference a path may lose without a word."""
+FATAL = 0.4
+"""How much it may lose before the check fails: a path that takes twice as long has lost half, and
+what machines of one class differ in, or neighbours on the same core take, is less."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,22 @@ class Verdict:
     baseline: Ratio | None
     """None: a new bench."""
     tolerance: float
+    fatal: float
+
+    def _lost_more_than(self, part: float) -> bool:
+        if self.baseline is None:
+            return False
+        return self.found is None or self.found.kept_of(self.baseline) < 1 - part
+
+    @property
+    def slow(self) -> bool:
+        """Slower than the tolerance allows, or gone."""
+        return self._lost_more_than(self.tolerance)
 
     @property
     def failed(self) -> bool:
-        """Slower than the tolerance allows, or gone."""
-        if self.baseline is None:
-            return False
-        return self.found is None or self.found.kept_of(self.baseline) < 1 - self.tolerance
+        """So much slower that it can't be chance, or gone."""
+        return self._lost_more_than(max(self.fatal, self.tolerance))
 
     def line(self) -> str:
         """The outcome for people."""
@@ -67,7 +79,7 @@ class Verdict:
         if self.baseline is None:
             return f"new   {self.name}: {found} (no baseline yet: make bench-baseline)"
         change = self.found.kept_of(self.baseline) - 1
-        mark = "SLOW " if self.failed else "ok   "
+        mark = "SLOW " if self.failed else "slow " if self.slow else "ok   "
         return f"{mark} {self.name}: {found}, baseline {self.baseline.ratio:.2f}x ({change:+.0%})"
 
 
@@ -75,11 +87,12 @@ def compare(
     results: Iterable[Mapping[str, Any]],
     baseline: Mapping[str, Ratio],
     tolerance: float = TOLERANCE,
+    fatal: float = FATAL,
 ) -> list[Verdict]:
     """A verdict for each result and each line of the baseline."""
     found = {r["name"]: Ratio.of(r) for r in results if r["compared"]}
     names = [*found, *(name for name in baseline if name not in found)]
-    return [Verdict(name, found.get(name), baseline.get(name), tolerance) for name in names]
+    return [Verdict(name, found.get(name), baseline.get(name), tolerance, fatal) for name in names]
 
 
 def better(first: Mapping[str, Any], second: Mapping[str, Any]) -> Mapping[str, Any]:

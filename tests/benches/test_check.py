@@ -43,12 +43,14 @@ def baseline_of(**ratios: float) -> dict[str, Ratio]:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "failed"), [(5.0, False), (4.01, False), (3.99, True), (9, False)]
+    ("ratio", "mark"),
+    [(5.0, "ok"), (4.01, "ok"), (3.99, "slow"), (3.01, "slow"), (2.99, "SLOW"), (9, "ok")],
 )
-def test_a_fifth_may_be_lost(ratio: float, failed: bool) -> None:
+def test_a_fifth_is_told_and_two_fifths_fail(ratio: float, mark: str) -> None:
     (verdict,) = compare(table(a=ratio), baseline_of(a=5.0))
-    assert verdict.failed == failed
-    assert ("SLOW" in verdict.line()) == failed
+    assert verdict.slow == (mark != "ok")
+    assert verdict.failed == (mark == "SLOW")
+    assert verdict.line().split()[0] == mark
 
 
 def test_one_measure_alone_does_not_fail() -> None:
