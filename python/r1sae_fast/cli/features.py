@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -221,6 +222,39 @@ def find(
 
 
 @app.command()
+def firing(
+    database: Database,
+    text: Annotated[str, typer.Argument(help="The text to be read.", show_default=False)],
+    sae: Annotated[Path, typer.Option(help="The SAE's folder.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="A checkpoint folder; tiny-r1 is the shipped model.")
+    ] = "tiny-r1",
+    layer: Annotated[
+        int | None, typer.Option(help="Default: the database's.", show_default=False)
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(help="A condition, as of find.", show_default=False)
+    ] = None,
+    sort: Annotated[str, typer.Option("--sort", "-s", help="Columns, by commas.")] = "-relative",
+    n: Annotated[int, typer.Option("--n", "-n", help="At most so many features.")] = 20,
+    bos: Annotated[bool, typer.Option("--bos", help="Count the token that begins texts.")] = False,
+    as_json: Json = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find features that fire on a text: runs the model and the SAE.
+
+    strength: the largest in the text; relative: to the feature's largest in the database; tokens:
+    how many of the text's it is active on; token, segment: where it is strongest.
+    """
+    with _open(database) as db:
+        keys = sort.split(",")
+        found = db.firing(text, sae, model, layer=layer, where=where, sort=keys, n=n, bos=bos)
+    if not _given_out(found, as_json, out, overwrite):
+        _print(_frame_table(found) if len(found) else "no feature fires")
+
+
+@app.command()
 def show(
     database: Database,
     feature: Feature,
@@ -238,16 +272,63 @@ def print_shown(database: Path, feature: int, n: int, window: int, per_interval:
         _print(db.show(feature, n, window, per_interval=per_interval))
 
 
+class Formats(str, Enum):
+    """What an export is for."""
+
+    parquet = "parquet"
+    jsonl = "jsonl"
+    neuronpedia = "neuronpedia"
+    saedashboard = "saedashboard"
+
+
 @app.command()
 def export(
     database: Database,
     folder: Annotated[Path, typer.Argument(help="Folder to write to.", show_default=False)],
+    to: Annotated[
+        Formats,
+        typer.Option(
+            help="parquet: each table; jsonl: a feature a line; neuronpedia: its import in bulk; "
+            "saedashboard: its batches."
+        ),
+    ] = Formats.parquet,
+    features: Annotated[
+        str | None,
+        typer.Option(help="Which, such as 3,7 (not with parquet).", show_default="all"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Strongest examples of each.")] = 20,
+    window: Annotated[int, typer.Option("--window", "-w", help="Tokens on either side.")] = 32,
+    model_id: Annotated[
+        str | None, typer.Option(help="The model's name on Neuronpedia.", show_default=False)
+    ] = None,
+    source_set: Annotated[str, typer.Option(help="The SAE's name there.")] = "r1sae-fast",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files there.")] = False,
 ) -> None:
-    """Write each table as a parquet file."""
+    """Write each table as a parquet file, or features for the pages of others."""
     with _open(database) as db:
-        for file in db.export(folder, overwrite=overwrite):
-            typer.echo(str(file))
+        if to is Formats.parquet:
+            files = db.export(folder, overwrite=overwrite)
+        else:
+            chosen = None if features is None else _integers(features)
+            files = db.export_pages(
+                folder,
+                to.value,
+                chosen,
+                n=n,
+                window=window,
+                model_id=model_id,
+                source_set=source_set,
+                overwrite=overwrite,
+            )
+    for file in files:
+        typer.echo(str(file))
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--features is {text!r}; expected ids by commas, such as 3,7") from None
 
 
 @app.command()

@@ -354,6 +354,9 @@ class FeatureDB(Questions):
         with self._cursor() as cursor:
             try:
                 _require_one_that_reads(cursor, query)
+                # EXPLAIN ANALYZE runs what it explains, and labels beside a released file lie in
+                # a database in memory: nothing there may be changed either.
+                cursor.execute("BEGIN TRANSACTION READ ONLY")
                 table = interruptible(cursor, lambda: arrow_table(cursor, query, parameters or ()))
             except duckdb.Error as error:
                 if is_damage(error):

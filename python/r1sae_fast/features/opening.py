@@ -14,6 +14,9 @@ _CONFIG: dict[str, Any] = {
     "enable_external_access": False,
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
+    # Neither Python's variables nor secrets that the user keeps for DuckDB.
+    "python_enable_replacements": False,
+    "allow_persistent_secrets": False,
     # So a query can't turn these back on, nor have a log written: DuckDB then ends the process.
     "lock_configuration": True,
 }

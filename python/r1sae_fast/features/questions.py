@@ -6,14 +6,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 import pyarrow as pa
 
 from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features.identity import Origin, require_same_sae
 from r1sae_fast.features.labelled import Who
 from r1sae_fast.features.query.columns import find, statistics_query
 from r1sae_fast.features.query.frame import Frame
@@ -24,6 +26,8 @@ from r1sae_fast.features.view import FeatureView, gather
 if TYPE_CHECKING:
     from r1sae_fast.features.results import TopExamples
     from r1sae_fast.features.summary import FeatureSummary, Labeller
+    from r1sae_fast.r1.engines.base import Engine
+    from r1sae_fast.sae import FastSAE
 
 StrPath = str | os.PathLike[str]
 
@@ -45,6 +49,9 @@ class Questions(ABC):
     def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]: ...
 
     @abstractmethod
+    def _known(self, feature: int) -> int: ...
+
+    @abstractmethod
     def feature(self, feature: int) -> FeatureSummary: ...
 
     @abstractmethod
@@ -55,6 +62,14 @@ class Questions(ABC):
     @cached_property
     @abstractmethod
     def histogram_edges(self) -> tuple[float, ...] | None: ...
+
+    @cached_property
+    @abstractmethod
+    def metadata(self) -> dict[str, str]: ...
+
+    @cached_property
+    @abstractmethod
+    def d_sae(self) -> int: ...
 
     @property
     @abstractmethod
@@ -136,6 +151,150 @@ class Questions(ABC):
     def _who(self) -> Who | None:
         who = self.labeller
         return None if who is None else (who.model_name, who.prompt_version)
+
+    @cached_property
+    def origin(self) -> Origin:
+        """Of which SAE, model and layer the database is, as far as its ``meta`` says."""
+        return Origin.read(self.path, self.d_sae, self.metadata)
+
+    def require_sae(self, sae: FastSAE) -> None:
+        """Refuses an SAE that the database is not of.
+
+        Raises:
+            DatabaseError: d_sae or the checksum differ.
+        """
+        self.origin.require_sae(sae)
+
+    def require_same_sae(self, other: Questions) -> None:
+        """Refuses another database whose features are other features.
+
+        Raises:
+            DatabaseError: d_sae or the SAE's checksum differ.
+        """
+        require_same_sae(self.origin, other.origin)
+
+    def firing(
+        self,
+        text: str | Sequence[int],
+        sae: FastSAE | StrPath,
+        engine: Engine | StrPath = "tiny-r1",
+        *,
+        layer: int | None = None,
+        where: str | None = None,
+        sort: str | Sequence[str] = "-relative",
+        n: int | None = 20,
+        columns: Sequence[str] | None = None,
+        bos: bool = False,
+    ) -> Frame:
+        """Features that fire on a text, by running the model and the SAE.
+
+        Args:
+            text: raw, with whatever special tokens it has; or token ids.
+            sae: the SAE that the database is of, or its folder.
+            engine: the model, or its checkpoint; ``"tiny-r1"`` is the shipped one.
+            layer: default: the database's.
+            where, sort, n, columns: as of :meth:`find`, on the statistics and on ``strength`` (the
+                largest in the text), ``relative`` (to the feature's largest in the database),
+                ``tokens`` (how many it is active on), ``token_idx``, ``token`` and ``segment``
+                (where it is strongest).
+            bos: whether the token that begins every text counts: many features fire on it, and
+                that says nothing of the text.
+
+        Raises:
+            DatabaseError: the database is of another SAE or model.
+            ValueError: text that can't be read, or a mistake in a condition.
+        """
+        from r1sae_fast.features.firing import FIRST, firing
+        from r1sae_fast.r1.engines.base import Engine
+        from r1sae_fast.sae import FastSAE
+
+        if not isinstance(sae, FastSAE):
+            sae = FastSAE.load(sae)
+        self.require_sae(sae)  # before a model is loaded
+        if not isinstance(engine, Engine):
+            from r1sae_fast.r1.engines.local import LocalEngine
+
+            at = self.origin.layer if layer is None else layer
+            engine = LocalEngine.from_pretrained(os.fspath(engine), last_layer=at)
+        found = firing(text, sae, engine, layer, self.origin, self.statistics, bos=bos)
+        return find(found, where, sort, n, columns, FIRST)
+
+    def export_pages(
+        self,
+        folder: StrPath,
+        kind: Literal["jsonl", "neuronpedia", "saedashboard"],
+        features: Sequence[int] | None = None,
+        *,
+        n: int = 20,
+        window: int = 32,
+        batch: int = 128,
+        model_id: str | None = None,
+        source_set: str = "r1sae-fast",
+        creator: str = "r1sae-fast",
+        overwrite: bool = False,
+        progress: bool | None = None,
+    ) -> list[Path]:
+        """Writes features so that other tools can show them.
+
+        - ``"jsonl"``: one feature a line: statistics, labels, neighbours, contexts;
+        - ``"neuronpedia"``: the folder that Neuronpedia imports in bulk;
+        - ``"saedashboard"``: the ``batch-N.json`` that SAEDashboard's NeuronpediaRunner writes.
+
+        All is ASCII; control characters in tokens and labels are made visible (but line breaks and
+        tabs). Logits and correlations, which take the model itself, are left empty.
+
+        Args:
+            folder: new or empty, unless ``overwrite``.
+            kind: the format.
+            features: which; default: all.
+            n: of the strongest examples, at most as many as the database holds of each feature.
+            window: tokens on either side.
+            batch: features in a file.
+            model_id, source_set, creator: names on Neuronpedia; the model's default is the
+                database's.
+
+        Raises:
+            FileExistsError: the folder holds files and ``overwrite`` is false.
+            ValueError: no such feature or format.
+        """
+        from r1sae_fast.features.exporting.pages import pages
+        from r1sae_fast.features.exporting.target import Target
+        from r1sae_fast.features.exporting.write import FORMATS, export_pages
+        from r1sae_fast.progress import progress_bar
+
+        if kind not in FORMATS:
+            raise ValueError(f"no format {kind!r}; expected one of {', '.join(FORMATS)}")
+        for name, number, least in (("n", n, 0), ("window", window, 0), ("batch", batch, 1)):
+            if number < least:
+                raise ValueError(f"{name} is {number}; expected at least {least}")
+        chosen = list(range(self.d_sae)) if features is None else list(features)
+        for feature in chosen:
+            self._known(feature)
+        changed = datetime.fromtimestamp(self.path.stat().st_mtime, timezone.utc)
+        target = Target(
+            model_id or self.origin.model or "deepseek-r1",
+            self.origin.layer or 0,
+            source_set,
+            creator,
+            changed.isoformat(timespec="milliseconds"),
+            self._fetch("SELECT count(DISTINCT sequence_id) FROM tokens")[0][0],
+            2 * window + 1,
+            self.histogram_edges,
+        )
+        read = pages(
+            self._fetch, self._columns, chosen, n=n, window=window, who=self._who, batch=batch
+        )
+        with progress_bar("exporting", len(chosen), unit="features", shown=progress) as advance:
+            done = 0
+
+            def shown(count: float) -> None:
+                nonlocal done
+                done += int(count)
+                advance(done)
+
+            return export_pages(
+                read, Path(folder), kind, target, overwrite=overwrite, progress=shown
+            )
 
     def show(
         self, feature: int, n: int = 5, window: int = 10, *, per_interval: int = 2

@@ -59,12 +59,16 @@ def heat(context: TopExample, scale: float, *, marks: bool = False) -> Text:
     """
     text = Text(no_wrap=False)
     segment: str | None = None
+    opens = False
     for token in context.context:
         if token.segment != segment and token.segment is not None:
             text.append(f"[{visible(token.segment)}]", style="italic dim")
-            text.append(" ")
+            opens = True
         segment = token.segment
         piece = f"[{token.token}]" if token.text is None else visible(token.text)
+        if opens and not piece.startswith(" "):
+            text.append(" ")
+        opens = False
         style = ""
         if token.strength > 0 and scale > 0:
             level = min(int(token.strength / scale * len(_HEAT)), len(_HEAT) - 1)

@@ -29,6 +29,13 @@ def _visible(character: str) -> str:
     return character
 
 
+def harmless(text: str) -> str:
+    """As :func:`visible`, but line breaks and tabs stay: for files that other tools show."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" else _visible(c) for c in text)
+
+
 def quoted(text: str | None, token: int) -> str:
     """A token for a sentence: in quotes, or by its number where its text is unknown."""
     return f"token {token}" if text is None else f'"{visible(text)}"'

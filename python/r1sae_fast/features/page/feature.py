@@ -116,7 +116,7 @@ def _statistics(view: FeatureView) -> str:
         )
         rows.append(("tokens", tokens))
     body = "".join(
-        f'<tr><td class="r1-t r1-dim">{name}</td><td class="r1-t">{escaped(value)}</td></tr>'
+        f'<tr><td class="r1-dim r1-name">{name}</td><td class="r1-t">{escaped(value)}</td></tr>'
         for name, value in rows
     )
     return f"<table><tbody>{body}</tbody></table>"

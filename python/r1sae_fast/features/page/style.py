@@ -30,6 +30,7 @@ _RULES = (
     (" .r1-n", "text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap"),
     (" .r1-t", "text-align:left;overflow-wrap:anywhere"),
     (" .r1-dim", "opacity:.65"),
+    (" .r1-name", "white-space:nowrap"),
     (" h3", "font-size:1.15em;margin:.3em 0;font-weight:600"),
     (" h4", "font-size:1em;margin:.9em 0 .2em;font-weight:600"),
     (" p", "margin:.2em 0"),

@@ -20,7 +20,7 @@ def table_html(table: pa.Table) -> str:
     head = "".join(f'<th class="{_align(numeric[n])}">{escaped(n)}</th>' for n in names)
     rows = [
         "<tr>"
-        + "".join(f'<td class="{_align(numeric[n])}">{cell(row[n])}</td>' for n in names)
+        + "".join(f'<td class="{_align(numeric[n])}">{cell(row[n], n)}</td>' for n in names)
         + "</tr>"
         for row in table.slice(0, _ROWS).select(names).to_pylist()
     ]
@@ -31,14 +31,14 @@ def table_html(table: pa.Table) -> str:
     )
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, name: str) -> str:
     """A value, short and harmless."""
     if value is None:
         return '<span class="r1-dim">–</span>'
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int):
-        return f"{value:,}"
+        return str(value) if name.endswith("_id") else f"{value:,}"
     return escaped(str(value))
 
 

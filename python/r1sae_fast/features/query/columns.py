@@ -99,6 +99,7 @@ def find(
     sort: str | Sequence[str],
     n: int | None,
     columns: Sequence[str] | None,
+    shown: Sequence[str] = SHOWN,
 ) -> Frame:
     """Chooses rows of ``table``; see :meth:`FeatureDB.find`."""
     if n is not None and n < 0:
@@ -120,7 +121,7 @@ def find(
     chosen = (
         [_named(name, names) for name in columns]
         if columns is not None
-        else [name for name in SHOWN if name in names]
+        else [name for name in shown if name in names]
     )
     if columns is None:
         at = chosen.index("label") if "label" in chosen else len(chosen)

@@ -170,6 +170,7 @@ def registered(connection: duckdb.DuckDBPyConnection, table: pa.Table) -> Iterat
 
 def _lock(connection: duckdb.DuckDBPyConnection) -> None:
     """From here on it reads no file but those attached, and settings stay as they are."""
+    connection.execute("SET python_enable_replacements = false")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 

@@ -1,0 +1,89 @@
+"""What SAEDashboard's NeuronpediaRunner writes: ``batch-N.json``, a NeuronpediaDashboardBatch each.
+
+What takes the model's unembedding or a pass over pairs of neurons (logits, correlations) is empty,
+as it is there for features that were not looked at. Format: sae-dashboard 0.8,
+sae_dashboard/neuronpedia/neuronpedia_dashboard.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from r1sae_fast.features.exporting.pages import TOP, Context, Page
+from r1sae_fast.features.exporting.target import Target
+
+_EMPTY = (
+    "neuron_alignment_indices",
+    "neuron_alignment_values",
+    "neuron_alignment_l1",
+    "correlated_neurons_indices",
+    "correlated_neurons_l1",
+    "correlated_neurons_pearson",
+    "correlated_features_indices",
+    "correlated_features_l1",
+    "correlated_features_pearson",
+    "neg_str",
+    "neg_values",
+    "pos_str",
+    "pos_values",
+    "logits_hist_data_bar_heights",
+    "logits_hist_data_bar_values",
+    "decoder_weights_dist",
+    "vector",
+)
+
+
+def batch(pages: Sequence[Page], target: Target) -> dict[str, Any]:
+    """The batch of these features."""
+    return {
+        "model_id": target.model_id,
+        "layer": target.layer,
+        "sae_set": target.source_set,
+        "sae_id_suffix": None,
+        "features": [feature(page, target) for page in pages],
+    }
+
+
+def feature(page: Page, target: Target) -> dict[str, Any]:
+    """One feature, as in SAEDashboard's batch."""
+    heights, values = histogram(page, target)
+    return {
+        "feature_index": page.feature_id,
+        **{name: [] for name in _EMPTY},
+        "frac_nonzero": page.row.get("density") or 0.0,
+        "freq_hist_data_bar_heights": heights,
+        "freq_hist_data_bar_values": values,
+        "n_prompts_total": target.sequences,
+        "n_tokens_in_prompt": target.width,
+        "dataset": "",
+        "activations": [activation(context, page) for context in page.contexts],
+    }
+
+
+def histogram(page: Page, target: Target) -> tuple[list[float], list[float]]:
+    """Heights, and the middles of the bins, of the part that holds anything."""
+    if page.histogram is None or target.edges is None:
+        return [], []
+    filled = [i for i, count in enumerate(page.histogram) if count]
+    if not filled:
+        return [], []
+    shown = range(filled[0], filled[-1] + 1)
+    edges = target.edges
+    return (
+        [float(page.histogram[i]) for i in shown],
+        [round((edges[i] + edges[i + 1]) / 2, 6) for i in shown],
+    )
+
+
+def activation(context: Context, page: Page) -> dict[str, Any]:
+    """One example. The strongest ones have -1 for their interval's least strength and share."""
+    top = context.interval == TOP
+    return {
+        "bin_min": -1.0 if top else context.low,
+        "bin_max": float(page.row.get("max") or 0.0) if top else context.high,
+        "bin_contains": -1.0 if top else context.share,
+        "qualifying_token_index": context.peak,
+        "tokens": list(context.texts),
+        "values": [round(strength, 3) for strength in context.strengths],
+    }

@@ -1,0 +1,92 @@
+"""Writing pages in each format; every file is there whole or not at all."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from r1sae_fast.atomic import write_bytes
+from r1sae_fast.features.exporting import neuronpedia, saedashboard
+from r1sae_fast.features.exporting.pages import Page
+from r1sae_fast.features.exporting.target import Target
+
+FORMATS = ("jsonl", "neuronpedia", "saedashboard")
+
+
+def export_pages(
+    batches: Iterator[list[Page]],
+    folder: Path,
+    kind: str,
+    target: Target,
+    *,
+    overwrite: bool,
+    progress: Callable[[float], None],
+) -> list[Path]:
+    """Writes all pages; returns the files. See :meth:`FeatureDB.export_pages`."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{folder}: holds files already; choose another folder, or pass overwrite=True "
+            "(--overwrite)"
+        )
+    written: list[Path] = []
+
+    def put(name: str, data: bytes) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
+        written.append(path)
+
+    if kind == "neuronpedia":
+        for name, rows in neuronpedia.about(target).items():
+            put(name, lines([rows]))
+    for number, batch in enumerate(batches):
+        if kind == "jsonl":
+            put(f"features-{number:05}.jsonl", lines(map(_plain, batch)))
+        elif kind == "saedashboard":
+            put(f"batch-{number}.json", encoded(saedashboard.batch(batch, target)))
+        else:
+            for part, entries in neuronpedia.batch(batch, target).items():
+                # No time in it: the same features give the same bytes.
+                data = gzip.compress(lines(entries), mtime=0)
+                put(f"{part}/batch-{number}.jsonl.gz", data)
+        progress(len(batch))
+    return written
+
+
+def encoded(value: Any) -> bytes:
+    """JSON in ASCII, harmless within a page's script too; what is not a number is null."""
+    text = json.dumps(_numbers(value), allow_nan=False, default=str)
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text.encode("ascii")
+
+
+def lines(rows: Iterable[Any]) -> bytes:
+    """JSON lines."""
+    return b"".join(encoded(row) + b"\n" for row in rows)
+
+
+def _plain(page: Page) -> dict[str, Any]:
+    return {
+        **page.row,
+        "histogram": page.histogram,
+        "labels": [
+            {"label": label, "model_name": model, "prompt_version": version}
+            for label, model, version in page.labels
+        ],
+        "neighbours": [{"feature_id": f, "cosine": cosine} for f, cosine in page.neighbours],
+        "contexts": [vars(context) for context in page.contexts],
+    }
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_numbers(entry) for entry in value]
+    return value
