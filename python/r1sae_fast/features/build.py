@@ -84,7 +84,13 @@ def build(
             "made the codes"
         )
     texts = Texts(decode)
-    key = {"codes": codes.fingerprint, "d_sae": codes.d_sae, "plan": repr(plan), "format": VERSION}
+    key = {
+        "codes": codes.fingerprint,
+        "d_sae": codes.d_sae,
+        "sae": None if sae is None else checksum(sae),
+        "plan": repr(plan),
+        "format": VERSION,
+    }
     config = {
         "memory_limit": f"{max(plan.memory // 4, 192 << 20) >> 10}KiB",
         "threads": str(plan.threads),
@@ -271,7 +277,10 @@ class _Builder:
             known["sae_checksum"] = checksum(sae)
         entries = {**metadata, **known}
         values = [v if isinstance(v, str) else json.dumps(v, default=str) for v in entries.values()]
-        self._insert("meta", {"key": pa.array(list(entries)), "value": pa.array(values)})
+        with self._file.step("meta"):
+            # There are some if an earlier process was killed just before the end.
+            execute(self._connection, "DELETE FROM meta")
+            self._insert("meta", {"key": pa.array(list(entries)), "value": pa.array(values)})
 
     def _insert(self, table: str, columns: Mapping[str, Any]) -> None:
         insert(self._connection, table, columns)
