@@ -173,7 +173,7 @@ def _plan(
     else:
         lines.append(f"cost         about {plan.cost:,.4g}, at most {plan.most_cost:,.4g}")
     lines.append(
-        f"(tokens are estimated from the prompts of {plan.looked_at} features, within a fifth; "
+        f"(tokens are guessed from the letters of {plan.looked_at} features' prompts, not counted; "
         "nothing was sent)"
     )
     for line in lines:

@@ -21,7 +21,7 @@ _ANSWERS = {"explain": 60, "score": 20}  # tokens of an answer without reasoning
 
 @dataclass(frozen=True)
 class LabelPlan:
-    """An estimate. Of tokens by :func:`~r1sae_fast.labels.cost.estimate_tokens`, within a fifth.
+    """An estimate. Of tokens by :func:`~r1sae_fast.labels.cost.estimate_tokens`, roughly.
 
     ``features`` are to be labelled, ``before`` are already; the shares of those that have too few
     windows, and all sizes, are of ``looked_at`` features whose prompts were made.
