@@ -15,9 +15,10 @@ import torch.distributed as dist
 
 from r1sae_fast.sae import FastSAE
 from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train.checkpoint import Checkpoint
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.metrics import Metrics
-from r1sae_fast.train.parallel.collect import gather
+from r1sae_fast.train.parallel.collect import gather, gather_ragged
 from r1sae_fast.train.parallel.grid import Grid, begin
 from r1sae_fast.train.parallel.layout import Layout
 from r1sae_fast.train.trainer import Run, locked
@@ -80,18 +81,30 @@ def train_in_parallel(
     if at.type == "cuda" and at.index is None:
         at = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(at)
+    log_every = max(1, config.steps // 200) if log_every is None else log_every
     with _group(at, layout):
+        # What decides which collective calls a rank makes: before the first that not all make.
+        told = {
+            **config.to_dict(),
+            "shards": shards.fingerprint,
+            "d_in": shards.d_in,
+            "parallel.data": layout.data,
+            "parallel.latents": layout.latents,
+            "resume": resume,
+            "log_every": log_every,
+        }
+        _require_same(told, at)
         layout.require(dist.get_world_size(), config.d_sae)
         grid = Grid(layout, at)
         folder = Path(out_dir)
         with locked(folder) if grid.is_first else nullcontext():
             # Others look into the folder once it is there.
             grid.agree(True)
+            _require_same({"checkpoint": _found(folder)}, at)
             run = Run(shards, folder, config, at, resume=resume, ranks=grid)
-            _require_same_run(grid, run)
             run.go(
                 checkpoint_seconds=checkpoint_seconds,
-                log_every=max(1, config.steps // 200) if log_every is None else log_every,
+                log_every=log_every,
                 progress=progress,
                 on_metrics=on_metrics,
             )
@@ -117,18 +130,31 @@ def _group(device: torch.device, layout: Layout) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _require_same_run(grid: Grid, run: Run) -> None:
-    """Raises ValueError where ranks were told of different runs, or see different checkpoints."""
-    said: dict[str, Any] = {**run.identity, "step": run.counters.step}
-    texts = [json.dumps([name, said[name]], default=str) for name in sorted(said)]
-    sums = [hashlib.sha256(text.encode()).digest()[:7] for text in texts]
-    own = torch.tensor([int.from_bytes(one, "little") for one in sums], device=grid.device)
-    every = gather(own, grid.place.world)
-    differs = (every != every[0]).nonzero()
-    if differs.numel():
-        rank, at = (int(number) for number in differs[0])
-        name = sorted(said)[at]
-        raise ValueError(
-            f"rank {rank} has another {name} than rank 0 (rank {grid.rank}: {said[name]!r}); give "
-            "all the same settings, shards, and a folder on a file system that they share"
-        )
+def _found(folder: Path) -> str:
+    """Which checkpoint this process sees."""
+    saved = Checkpoint.read(folder, only=())
+    if saved is None:
+        return "none"
+    header = json.dumps([saved.identity, vars(saved.counters), saved.loader], sort_keys=True)
+    # Other folders may have one of the same step.
+    return f"step {saved.counters.step}, {hashlib.sha256(header.encode()).hexdigest()[:8]}"
+
+
+def _require_same(told: dict[str, Any], device: torch.device) -> None:
+    """Raises ValueError, in all ranks, where they differ in what they were told or have found."""
+    assert dist.group.WORLD is not None
+    text = json.dumps(told, default=str).encode()
+    own = torch.tensor(list(text), dtype=torch.uint8, device=device)
+    lengths = gather(torch.tensor([len(text)], device=device), dist.group.WORLD)
+    sizes: list[int] = lengths[:, 0].tolist()
+    first, *others = (
+        json.loads(bytes(one.tolist())) for one in gather_ragged(own, sizes, dist.group.WORLD)
+    )
+    for rank, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"rank {rank} has {name} = {other.get(name)!r}, rank 0 has "
+                    f"{first.get(name)!r}; give all the same settings, shards, and a folder on a "
+                    "file system that they share"
+                )
