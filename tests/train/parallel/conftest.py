@@ -56,6 +56,14 @@ sys.exit(1 if failed else 0)
 RunRanks = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(autouse=True)
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gloo would look up the machine's name, which in a container may be unknown."""
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> RunRanks:
     """``run_ranks(program, *arguments)``: the program has ``layouts``, a list of (data, latents),
