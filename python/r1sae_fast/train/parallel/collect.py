@@ -16,13 +16,16 @@ from r1sae_fast.errors import LostRankError
 
 Group = dist.ProcessGroup
 
+_SIGNS = ("connection closed", "reset", "timed out", "timeout", "broken pipe", "socket", "gloo")
+"""In the first line of what gloo raises, a plain RuntimeError, when a peer is gone or silent."""
+
 
 def gather(tensor: Tensor, group: Group) -> Tensor:
     """``[ranks, ...]``: each rank's tensor, all of one shape."""
     count = dist.get_world_size(group)
     own = _bytes(tensor)
+    found = own.new_empty((count * own.shape[0],))
     with _lost(group):
-        found = own.new_empty((count * own.shape[0],))
         dist.all_gather_into_tensor(found, own, group=group)
     return found.view(tensor.dtype).view(count, *tensor.shape)
 
@@ -67,6 +70,16 @@ def receive(tensor: Tensor, source: int) -> Tensor:
     return tensor
 
 
+def is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a backend says by it that a peer is gone, and not, say, that memory has run out."""
+    # What torch calls an error of a backend may be one of memory, where NCCL allocates.
+    text = str(error).strip().split("\n")[0].lower()
+    if "out of memory" in text:
+        return False
+    kinds = (dist.DistBackendError, dist.DistNetworkError)
+    return isinstance(error, kinds) or any(sign in text for sign in _SIGNS)
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     # Not every backend knows every dtype.
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
@@ -77,6 +90,8 @@ def _lost(group: Group | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not is_of_a_lost_rank(error):
+            raise
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         first = str(error).strip().split("\n")[0]
         raise LostRankError(
