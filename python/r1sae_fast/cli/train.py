@@ -223,7 +223,9 @@ def train_as_one_of_many(
     from r1sae_fast.train.parallel.run import is_launched, train_in_parallel
 
     if not is_launched():
-        status = launch(["-m", "r1sae_fast.cli", *sys.argv[1:]], layout.processes)
+        status = launch(
+            ["-m", "r1sae_fast.cli", *sys.argv[1:]], layout.processes, layout.timeout_seconds
+        )
         if status:
             raise typer.Exit(status)
         return None

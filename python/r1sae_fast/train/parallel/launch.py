@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import uuid
@@ -15,10 +16,12 @@ LOST = 75
 """Exit status of a rank that lost another one: it isn't the one that failed."""
 
 
-def launch(arguments: list[str], processes: int) -> int:
+def launch(arguments: list[str], processes: int, timeout_seconds: float = 1800.0) -> int:
     """Runs ``python ARGUMENTS`` in so many processes on this machine, and waits for them.
 
-    What they share of the cores is set by ``OMP_NUM_THREADS``, unless that is set already.
+    What they share of the cores is set by ``OMP_NUM_THREADS``, unless that is set already. When
+    told to stop, they have ``timeout_seconds`` (or ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``) to save in;
+    who needs longer is killed, and the checkpoint before stands.
 
     Returns:
         0, or 143 where they were told to stop and have saved.
@@ -32,6 +35,9 @@ def launch(arguments: list[str], processes: int) -> int:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    # Torch would kill them after 30 s: a wide SAE's checkpoint takes longer. By its variable, since
+    # not every version's LaunchConfig has a field for it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout_seconds)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
