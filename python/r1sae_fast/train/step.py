@@ -303,6 +303,18 @@ class Learner:
         state["unfired_tokens"] = self.unfired_tokens
         return state
 
+    def wake_vectors(self) -> None:
+        """Where features are split: to Adam a vector is one row, so that each rank's may sleep on
+        its own; a checkpoint, which has one entry for all, can't tell. Awake, they are the same."""
+        if self.ranks.own(self.config.d_sae) == (0, self.config.d_sae):
+            return
+        for name, parameter in self.parameters.items():
+            state = self.adam_state[name]
+            # The shared one is trained alike by all.
+            if parameter.dim() == 1 and name != _SHARED and "asleep" in state:
+                settle(state, (self.config.beta1, self.config.beta2))
+                state["asleep"].zero_()
+
     def load_tensors(self, state: dict[str, Tensor]) -> None:
         """Takes what :meth:`tensors` gave."""
         for name, parameter in self.parameters.items():

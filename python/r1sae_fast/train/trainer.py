@@ -230,6 +230,7 @@ class Run:
             RuntimeError: ranks that train the same weights have come apart.
         """
         self.ranks.require_equal(self.learner.parameters.values())
+        self.learner.wake_vectors()
         self.counters.threshold = self.learner.threshold
         self.counters.threshold_weight = self.learner.threshold_weight
         self.counters.l0, self.counters.found = self.learner.l0, self.learner.found
