@@ -20,8 +20,9 @@ def launch(arguments: list[str], processes: int, timeout_seconds: float = 1800.0
     """Runs ``python ARGUMENTS`` in so many processes on this machine, and waits for them.
 
     What they share of the cores is set by ``OMP_NUM_THREADS``, unless that is set already. When
-    told to stop, they have ``timeout_seconds`` (or ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``) to save in;
-    who needs longer is killed, and the checkpoint before stands.
+    told to stop, they have ``timeout_seconds``, 300 at most, to save in (or what
+    ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` says); who needs longer is killed, and the checkpoint before
+    stands.
 
     Returns:
         0, or 143 where they were told to stop and have saved.
@@ -35,9 +36,11 @@ def launch(arguments: list[str], processes: int, timeout_seconds: float = 1800.0
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
-    # Torch would kill them after 30 s: a wide SAE's checkpoint takes longer. By its variable, since
-    # not every version's LaunchConfig has a field for it.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout_seconds)))
+    # Torch would kill them after 30 s: a wide SAE's checkpoint takes longer. But a rank that hangs
+    # because another one failed waits as long. By the variable, since not every version's
+    # LaunchConfig has a field for it.
+    grace = math.ceil(min(timeout_seconds, 300.0))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(grace))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
