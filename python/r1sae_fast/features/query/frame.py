@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,12 +20,12 @@ WRITTEN = (".parquet", ".jsonl", ".csv", ".arrow")
 """Endings of the files that :meth:`Frame.write` knows."""
 
 
-class ArrowFrame:
+class ArrowFrame(ABC):
     """What has ``to_arrow()``: becomes a data frame or a file."""
 
+    @abstractmethod
     def to_arrow(self) -> pa.Table:
         """The rows as an Arrow table."""
-        raise NotImplementedError
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         """Arrow's C interface: ``polars.DataFrame(frame)``, ``pandas``, DuckDB take it as it is."""
