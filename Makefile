@@ -121,7 +121,7 @@ bench-r1: $(INSTALLED) ## Measure the bars at R1's shape beside the peers (24 GB
 	  --folder benches/results/bars --json benches/results/bars.jsonl $(ARGS) || exit 1; done
 
 .PHONY: bench-check
-bench-check: $(INSTALLED) ## Tell where a path lost a fifth of its lead over the reference, fail at two fifths (small shapes)
+bench-check: $(INSTALLED) ## Fail where a path lost a fifth of its lead over the torch reference, beyond chance (small shapes)
 	@PYTHONPATH=benches $(BIN)/python -m harness.check $(ARGS)
 
 .PHONY: bench-baseline

@@ -1,7 +1,7 @@
 """``make bench-check`` and ``make bench-baseline``: has a path lost its lead over the reference?
 
     python -m harness.check             run the small benches, compare, exit 1 where one is slower
-    python -m harness.check --write     run them three times, write the baseline of this CPU class
+    python -m harness.check --write     run them ten times, write the baseline of this CPU class
 
 Times of one machine say nothing about another, nor about the same one when it is busy; the ratio of
 two that were measured in turns does, on CPUs of one class. A class without a baseline passes, and
@@ -110,7 +110,7 @@ def check(
     verdicts = compare(found.values(), baseline, tolerance, fatal)
     print(
         f"\nbench-check against {path.name} (a path that lost {tolerance:.0%} of its lead is told, "
-        f"one that lost {fatal:.0%} fails)"
+        f"one that lost {fatal:.0%} more than chance takes fails)"
     )
     for verdict in verdicts:
         print(f"  {verdict.line()}")
@@ -140,10 +140,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("targets", nargs="*", default=OPERATIONS, help="default: operations")
     parser.add_argument("--write", action="store_true", help="write the baseline of this CPU class")
-    parser.add_argument("--runs", type=int, default=3, help="whose median is the baseline")
+    parser.add_argument("--runs", type=int, default=10, help="whose medians are the baseline")
     parser.add_argument("--baselines", type=Path, default=BENCHES / "baselines")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
-    parser.add_argument("--fatal", type=float, default=FATAL, help="what fails; at least tolerance")
+    parser.add_argument("--fatal", type=float, default=FATAL, help="what fails, beyond chance")
     parser.add_argument("--busy", type=float, default=BUSY, help="what others may take of the CPUs")
     parser.add_argument("--seconds", type=float, default=0.5, help="for one contest")
     chosen = parser.parse_args(arguments)

@@ -14,9 +14,8 @@ from r1sae_fast.atomic import write_bytes
 
 TOLERANCE = 0.2
 """How much of its lead over the reference a path may lose without a word."""
-FATAL = 0.4
-"""How much it may lose before the check fails: a path that takes twice as long has lost half, and
-what machines of one class differ in, or neighbours on the same core take, is less."""
+FATAL = 0.2
+"""How much it may lose, beyond what the baseline's own runs differed by, before the check fails."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,8 @@ class Ratio:
     """The median over the rounds."""
     best_ratio: float
     """Of the least disturbed rounds."""
+    spread: float = 0.0
+    """Of a baseline: the part of it that the worst of its own runs had lost, by chance alone."""
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> Ratio:
@@ -67,7 +68,8 @@ class Verdict:
     @property
     def failed(self) -> bool:
         """So much slower that it can't be chance, or gone."""
-        return self._lost_more_than(max(self.fatal, self.tolerance))
+        chance = 0.0 if self.baseline is None else self.baseline.spread
+        return self._lost_more_than(max(self.fatal + chance, self.tolerance))
 
     def line(self) -> str:
         """The outcome for people."""
@@ -117,7 +119,7 @@ def read_baseline(path: Path) -> dict[str, Ratio]:
 
 
 def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Writes the medians of several runs on one machine."""
+    """Writes the medians of several runs on one machine, and how far the worst fell short."""
     ratios: dict[str, list[Ratio]] = {}
     for run in runs:
         for result in filter(lambda result: result["compared"], run["results"]):
@@ -125,13 +127,18 @@ def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
     content = {
         "machine": runs[-1]["machine"],
         "when": runs[-1]["when"],
-        "ratios": {
-            name: {
-                "ratio": round(statistics.median(r.ratio for r in found), 3),
-                "best_ratio": round(statistics.median(r.best_ratio for r in found), 3),
-            }
-            for name, found in sorted(ratios.items())
-        },
+        "runs": len(runs),
+        "ratios": {name: _middle(found) for name, found in sorted(ratios.items())},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _middle(runs: list[Ratio]) -> dict[str, float]:
+    """The line of a baseline that several runs of one contest make."""
+    middle = Ratio(
+        round(statistics.median(run.ratio for run in runs), 3),
+        round(statistics.median(run.best_ratio for run in runs), 3),
+    )
+    spread = max(0.0, 1 - min(run.kept_of(middle) for run in runs))
+    return {"ratio": middle.ratio, "best_ratio": middle.best_ratio, "spread": round(spread, 3)}
