@@ -45,8 +45,10 @@ SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 #     64             2350   450              690   350
 #      1            32800  9000            15900  8900
 # Screens of bf16 took 540 and 350 at 1024 rows, 16200 and 15900 at one: never the fastest.
-# Below this many weights a product takes less than the calls around it, whatever the path.
-_FEWEST_WEIGHTS = 1 << 20
+# Below so many weights the dense path is as fast or faster for most numbers of rows. They meet in
+# float32 at about 512 x 8192 (1024, 64, 1 rows: screening 2.0, 2.2, 0.85 times as fast as dense), in
+# bfloat16 at 2048 x 16384 (1.15, 1.1, 0.85); at 256 x 4096 it takes up to three times as long.
+_FEWEST_WEIGHTS = {torch.float32: 1 << 22, torch.bfloat16: 1 << 25}
 # Rounding all weights costs as much as the dense codes of about this many rows.
 _ROWS_OF_A_REFRESH = 64
 # Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
@@ -199,8 +201,9 @@ class Screen:
             return self.requested, "as asked for"
         if problem is not None:
             return "none", problem
-        if self._W.numel() < _FEWEST_WEIGHTS:
-            return "none", f"fewer than {_FEWEST_WEIGHTS} weights: a dense product is as fast"
+        fewest = 1 << 20 if _device.on_gpu(self._W) else _FEWEST_WEIGHTS[self._W.dtype]
+        if self._W.numel() < fewest:
+            return "none", f"fewer than {fewest} weights: a dense product is as fast"
         if _device.on_gpu(self._W):
             return "int8", "8-bit products on tensor cores; float32 has none"
         if self._kernel in _core.screen_kernels("bf16")[1]:
