@@ -46,7 +46,7 @@ SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 #      1            32800  9000            15900  8900
 # Screens of bf16 took 540 and 350 at 1024 rows, 16200 and 15900 at one: never the fastest.
 # Below so many weights the dense path is as fast or faster for most numbers of rows. They meet in
-# float32 at about 512 x 8192 (1024, 64, 1 rows: screening 2.0, 2.2, 0.85 times as fast as dense), in
+# float32 at about 512 x 8192 (1024, 64, 1 rows: screening is 2.0, 2.2, 0.85 times as fast), in
 # bfloat16 at 2048 x 16384 (1.15, 1.1, 0.85); at 256 x 4096 it takes up to three times as long.
 _FEWEST_WEIGHTS = {torch.float32: 1 << 22, torch.bfloat16: 1 << 25}
 # Rounding all weights costs as much as the dense codes of about this many rows.
