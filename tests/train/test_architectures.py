@@ -14,7 +14,7 @@ from r1sae_fast import FastSAE, ops
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train import Metrics, TrainConfig, evaluate, train
 from r1sae_fast.train import checkpoint as checkpoints
-from r1sae_fast.train.trainer import Run
+from r1sae_fast.train.run import Run
 
 CPU = torch.device("cpu")
 

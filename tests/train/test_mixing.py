@@ -22,7 +22,8 @@ from r1sae_fast.r1 import LocalEngine
 from r1sae_fast.r1.engines.base import Engine
 from r1sae_fast.shards import ActivationBatch
 from r1sae_fast.train import EngineRows, TrainConfig, train
-from r1sae_fast.train.mixing import FILES, MixingLoader
+from r1sae_fast.train.buffer_file import FILES
+from r1sae_fast.train.mixing import MixingLoader
 
 
 class Counting(Engine):

@@ -15,9 +15,10 @@ from r1sae_fast import FastSAE, _core
 from r1sae_fast.errors import CheckpointError, NonFiniteError, ShardError, TrainingDivergedError
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train import Metrics, TrainConfig, evaluate, train
+from r1sae_fast.train.averages import Averages
 from r1sae_fast.train.metrics import MetricsFile
+from r1sae_fast.train.run import Run
 from r1sae_fast.train.step import StepFigures
-from r1sae_fast.train.trainer import Run, _Averages
 
 SMALL = TrainConfig(d_sae=64, k=2, tokens=20_000, batch_size=500, learning_rate=1e-2)
 
@@ -125,7 +126,7 @@ def test_batches_of_one_row_have_no_fvu(
 
 
 def test_the_mean_fvu_is_over_the_batches_that_vary() -> None:
-    averages = _Averages()
+    averages = Averages()
     for fvu in (0.5, math.nan, 0.25):
         averages.add(StepFigures(torch.ones(()), torch.zeros(()), torch.tensor(fvu), 2.0, 0), 3)
     assert averages.means() == {"loss": 1.0, "aux_loss": 0.0, "fvu": 0.375, "l0": 2.0}

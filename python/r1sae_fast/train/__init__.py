@@ -3,10 +3,10 @@
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.config_file import TrainFile, read_train_file
 from r1sae_fast.train.curves import draw_curves
+from r1sae_fast.train.engine_rows import EngineRows
 from r1sae_fast.train.evaluate import evaluate
 from r1sae_fast.train.geometric_median import geometric_median
 from r1sae_fast.train.metrics import Metrics
-from r1sae_fast.train.mixing import EngineRows
 from r1sae_fast.train.sweep import SweepResult, sweep_configs, train_sweep
 from r1sae_fast.train.trainer import train
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from r1sae_fast.train.mixing import EngineRows
+from r1sae_fast.train.engine_rows import EngineRows
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

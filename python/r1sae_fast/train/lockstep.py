@@ -13,7 +13,7 @@ from r1sae_fast.train.metrics import Metrics
 from r1sae_fast.train.stopping import STATUS, told_to_stop
 
 if TYPE_CHECKING:
-    from r1sae_fast.train.trainer import Run
+    from r1sae_fast.train.run import Run
 
 __all__ = ["lockstep"]
 

@@ -12,161 +12,26 @@ contents, which lie in a file of their own: they change once a filling, not with
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import os
-import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from r1sae_fast import _core
-from r1sae_fast.atomic import replacing
 from r1sae_fast.errors import CheckpointError
-from r1sae_fast.harvest.sequences import HarvestSequence, item_bytes, plain, read_given
-from r1sae_fast.harvest.settings import harvest_metadata
-from r1sae_fast.prompts import Item, read_prompts
-from r1sae_fast.r1.engines.base import Engine
-from r1sae_fast.r1.sampling import Sampling
+from r1sae_fast.harvest.sequences import HarvestSequence, item_bytes
+from r1sae_fast.prompts import Item
 from r1sae_fast.shards import ActivationBatch
 from r1sae_fast.shards.columns import COLUMNS
+from r1sae_fast.train import buffer_file
 
-__all__ = ["FILES", "EngineRows", "MixingLoader"]
+if TYPE_CHECKING:
+    from r1sae_fast.train.engine_rows import EngineRows
 
-Texts = Path | str | Sequence[Item] | Callable[[], Iterable[Item]]
-"""A file of prompts, texts, or a function that gives them from the first one each time."""
-
-FILES = "buffer-*.safetensors"
-"""In a run's folder: the buffer's contents after the filling of that number."""
-_ST_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-
-
-class EngineRows:
-    """What an engine makes of texts, to train on in place of :class:`ActivationShards`.
-
-    Args:
-        engine: not loaded further than ``layer``, best; without taps. As far as training waits for
-            it, it has the machine to itself.
-        texts: as a harvest in mode "prefill" takes them: a file (``.txt``, ``.jsonl``), a list of
-            texts, conversations or token ids, or a function that gives such. Gone through again as
-            often as the training needs; they must be the same each time.
-        layer: block whose output is trained on.
-        buffer_rows: size of the mixing buffer, at least twice a batch of the training and a
-            sequence; its memory is ``buffer_rows * (d_in * size of a number + 17)`` bytes, to which
-            come the outputs of one batch of sequences.
-        batch_size: sequences that run together.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: no such file or layer, or a bad number.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        texts: Texts,
-        layer: int,
-        *,
-        buffer_rows: int = 1 << 17,
-        batch_size: int = 64,
-    ) -> None:
-        engine.check_layer(layer)
-        if getattr(engine, "attached", ()):
-            raise ValueError("the engine has taps attached; train outside the with block")
-        for name, value in (("buffer_rows", buffer_rows), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}; expected an int")
-        if buffer_rows < 2:
-            raise ValueError(f"buffer_rows is {buffer_rows}; expected at least 2")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
-        self.folder = Path("texts")
-        """What messages call the source."""
-        self._texts: Callable[[], Iterable[Item]]
-        if isinstance(texts, (str, Path)):
-            self.folder = Path(texts)
-            read_prompts(texts)  # that it is there
-            self._texts = partial(read_prompts, texts)
-        elif callable(texts):
-            self._texts = texts
-        elif isinstance(texts, Sequence):
-            self._texts = partial(iter, texts)
-        else:
-            raise TypeError(
-                f"texts are {type(texts).__name__}; expected a file, a list, or a function that "
-                "gives them from the first one each time it is called"
-            )
-        self.engine, self.layer = engine, layer
-        self.buffer_rows, self.batch_size = buffer_rows, batch_size
-        self._first: MixingLoader | None = None
-        self._given_away = False
-
-    @property
-    def d_in(self) -> int:
-        """Width of the rows."""
-        return self.engine.hidden_size
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What decides the rows besides the texts, as in the manifest of a harvest."""
-        settings = harvest_metadata(
-            self.engine, self.layer, "prefill", self.batch_size, Sampling(1, 1.0, 1.0, 0, True)
-        )
-        return {**settings, "buffer_rows": self.buffer_rows}
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits of :attr:`metadata`; the texts are told apart as they are read."""
-        text = json.dumps(self.metadata, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    def sequences(self) -> Iterator[tuple[Item, HarvestSequence]]:
-        """The texts from the first, and what the model reads of each."""
-        for number, item in enumerate(map(plain, self._texts())):
-            yield item, read_given(self.engine, item, number)
-
-    def draw(self, rows: int, seed: int) -> ActivationBatch:
-        """The first ``rows`` rows of the first filling, in its shuffled order, or all it has; the
-        loader that follows has them in its buffer already."""
-        if self._first is None or self._first.seed != seed or not self._first.is_at_start:
-            self._first, self._given_away = MixingLoader(self, 1, seed=seed), False
-        return self._first.peek(rows)
-
-    def loader(
-        self,
-        batch_size: int,
-        shuffle: bool = True,
-        seed: int = 0,
-        *,
-        drop_last: bool = False,
-        epochs: int | None = 1,
-        pin_memory: bool = False,
-        part: tuple[int, int] = (0, 1),
-    ) -> MixingLoader:
-        """Batches of all rows, each row once an epoch; see :class:`MixingLoader`.
-
-        Raises:
-            ValueError: an order or a part that only shards have, or batches for which the buffer
-                is too small.
-        """
-        if not shuffle or part != (0, 1):
-            raise ValueError(
-                "rows of an engine come shuffled, and to one process; harvest shards for "
-                f"{'an order' if not shuffle else 'several processes'} of your own"
-            )
-        del pin_memory  # batches are new memory each: nothing would be gained
-        loader = self._first
-        if loader is None or self._given_away or loader.seed != seed or not loader.is_at_start:
-            loader = MixingLoader(self, batch_size, seed=seed)
-        else:
-            self._given_away = True
-        loader.set_batches(batch_size, drop_last=drop_last, epochs=epochs)
-        return loader
+__all__ = ["MixingLoader"]
 
 
 class MixingLoader:
@@ -413,38 +278,16 @@ class MixingLoader:
 
     def save_buffer(self, folder: Path) -> Path:
         """Writes the buffer's contents, unless those of this filling are there already."""
-        path = _file(folder, self._fillings)
-        if self._buffer is None or path.exists():
-            return path
-        if self._saved is not None and self._saved != path and self._saved.name == path.name:
-            # Another SAE of a sweep has it already.
-            with contextlib.suppress(OSError):
-                os.link(self._saved, path)
-                return path
-        tensors = {"order": self._order, **self._buffer}
-        header, at = {}, 0
-        for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.itemsize
-            header[name] = {
-                "dtype": _stored_name(name, tensor),
-                "shape": list(tensor.shape),
-                "data_offsets": [at, at + size],
-            }
-            at += size
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        # By hand: the library would make a second buffer first.
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor in tensors.values():
-                file.write(tensor.view(torch.uint8).numpy().data)
-        self._saved = path
+        path = buffer_file.path_of(folder, self._fillings)
+        if self._buffer is not None:
+            buffer_file.write(path, {"order": self._order, **self._buffer}, self._saved)
+            self._saved = path
         return path
 
     def drop_other_buffers(self, folder: Path) -> None:
         """Removes the contents of earlier fillings, once a state of this one is safe."""
-        for path in folder.glob(FILES):
-            if path != _file(folder, self._fillings):
+        for path in folder.glob(buffer_file.FILES):
+            if path != buffer_file.path_of(folder, self._fillings):
                 path.unlink(missing_ok=True)
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
@@ -466,8 +309,8 @@ class MixingLoader:
                 )
         order = torch.empty(0, dtype=torch.int64)
         if state["held"]:
-            path = _file(folder, state["fillings"])
-            memory = _read(path)
+            path = buffer_file.path_of(folder, state["fillings"])
+            memory = buffer_file.read(path)
             order = memory.pop("order")
             expected = {
                 name: (tensor.shape, tensor.dtype) for name, tensor in self._memory().items()
@@ -481,31 +324,6 @@ class MixingLoader:
         self._texts, self._checksum = int(state["texts"]), str(state["checksum"])
         self._ended = bool(state["ended"])
         self._source, self._waiting = None, None
-
-
-def _file(folder: Path, fillings: int) -> Path:
-    return folder / FILES.replace("*", f"{fillings:06d}")
-
-
-def _stored_name(name: str, tensor: Tensor) -> str:
-    return (
-        "I64"
-        if name == "order"
-        else COLUMNS[name][1]
-        if name in COLUMNS
-        else _ST_NAMES[tensor.dtype]
-    )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned: they are written to, and the file goes.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: the run's mixing buffer is missing or damaged ({error}); train it anew"
-        ) from None
 
 
 def _joined(checksum: str, item: Item) -> str:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.shards import ActivationBatch, ActivationShards
+from r1sae_fast.train.engine_rows import EngineRows
 from r1sae_fast.train.geometric_median import geometric_median
-from r1sae_fast.train.mixing import EngineRows
 from r1sae_fast.train.parallel import ALONE, Ranks
 
 _SAMPLE_ROWS = 16384

@@ -17,10 +17,11 @@ from r1sae_fast.atomic import write_bytes
 from r1sae_fast.sae import FastSAE
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.engine_rows import EngineRows
+from r1sae_fast.train.folders import DIVERGED, locked
 from r1sae_fast.train.lockstep import lockstep
 from r1sae_fast.train.metrics import Metrics
-from r1sae_fast.train.mixing import EngineRows
-from r1sae_fast.train.trainer import DIVERGED, Run, locked
+from r1sae_fast.train.run import Run
 
 __all__ = ["SweepResult", "sweep_configs", "train_sweep"]
 

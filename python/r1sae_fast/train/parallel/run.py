@@ -17,11 +17,12 @@ from r1sae_fast.sae import FastSAE
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train.checkpoint import Checkpoint
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.folders import locked
 from r1sae_fast.train.metrics import Metrics
 from r1sae_fast.train.parallel.collect import gather, gather_ragged
 from r1sae_fast.train.parallel.grid import Grid, begin
 from r1sae_fast.train.parallel.layout import Layout
-from r1sae_fast.train.trainer import Run, locked
+from r1sae_fast.train.run import Run
 
 __all__ = ["is_launched", "processes", "train_in_parallel"]
 
