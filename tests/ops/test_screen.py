@@ -237,6 +237,33 @@ def test_what_can_not_be_screened_says_why() -> None:
         ops.Screen(W, b, "int8").topk(torch.randn(2, 6).bfloat16(), 1)
 
 
+@pytest.mark.parametrize(("d_sae", "d_in", "rows", "dtype", "kind"), [
+    (1 << 13, 512, 1, torch.float32, "bf16"),
+    (1 << 13, 513, 1, torch.float32, "int8"),
+    (1 << 16, 512, 1, torch.bfloat16, "int8"),
+    (1 << 12, 256, 1, torch.float32, "none"),
+    (1 << 12, 256, 512, torch.float32, "bf16"),
+    (1 << 12, 255, 512, torch.float32, "none"),
+])  # fmt: skip
+def test_short_rows_are_screened_by_bf16_and_many_from_fewer_weights_on(
+    monkeypatch: pytest.MonkeyPatch,
+    d_sae: int,
+    d_in: int,
+    rows: int,
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    kernels: dict[str, tuple[str, list[str]]]
+    kernels = {"int8": ("amx_int8", []), "bf16": ("amx_bf16", [])}
+    monkeypatch.setattr(_core, "screen_kernels", lambda kind="int8": kernels[kind])
+    W, b = torch.zeros(d_sae, d_in, dtype=dtype), torch.zeros(d_sae, dtype=dtype)
+    assert ops.Screen(W, b, rows=rows).kind == kind
+    kernels["bf16"] = ("avx512_bf16", [])
+    assert ops.Screen(W, b, rows=rows).kind == {"bf16": "int8"}.get(kind, kind)
+    kernels["int8"] = ("avx2", [])
+    assert ops.Screen(W, b, rows=rows).kind == "none"
+
+
 def test_non_finite_rows_are_named() -> None:
     W, b = torch.randn(40, 6), torch.zeros(40)
     x = torch.randn(5, 6)

@@ -49,10 +49,20 @@ SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 # float32 at about 512 x 8192 (1024, 64, 1 rows: screening is 2.0, 2.2, 0.85 times as fast), in
 # bfloat16 at 2048 x 16384 (1.15, 1.1, 0.85); at 256 x 4096 it takes up to three times as long.
 _FEWEST_WEIGHTS = {torch.float32: 1 << 22, torch.bfloat16: 1 << 25}
+# So it is where rows are few; 2048 rows take half the time with a screen (256 x 4096: 16 ms, dense
+# 33; one row 0.33 and 0.23), so whoever knows that rows are many has it from fewer weights on.
+_FEWEST_FOR_MANY_ROWS = 1 << 20
+_MANY_ROWS = 512
+# Short rows are another matter, as rounding them to 8 bits takes as long as their products: by
+# screens of bf16 2048 float32 rows of 256 numbers, 4096 features, take 15 ms instead of 18 (512 and
+# 8192: 32 instead of 36; 768: 78 instead of 72), and rounding the weights anew, which a step of
+# training does, half the time.
+_SHORT_ROWS = 512
 # Rounding all weights costs as much as the dense codes of about this many rows.
 _ROWS_OF_A_REFRESH = 64
 # Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
 _FAST_KERNELS = ("amx_int8", "avx512_vnni", "avx_vnni")
+_FAST_COARSE_KERNELS = ("amx_bf16",)
 _MOST_DIMENSIONS = 65_000
 # The kinds of products, each with the other.
 _OTHER: dict[str, str] = {"int8": "bf16", "bf16": "int8"}
@@ -95,7 +105,8 @@ class ScreenReport(NamedTuple):
 
 
 def best_screen(dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """The kind that ``"auto"`` takes for large weights of ``dtype`` on this CPU, and its kernel.
+    """The kind that ``"auto"`` takes on this CPU for large weights of ``dtype``, and its kernel:
+    such that a feature has more than 512 numbers.
 
     Raises:
         ValueError: ``R1SAE_SIMD`` names no level of this CPU.
@@ -126,6 +137,8 @@ class Screen:
             chooses x.
         changes: what tells which features an optimiser has moved (see :class:`ops.RowChanges`), so
             that only those are rounded again.
+        rows: about how many rows there will be at a time, where many are sure to come: ``"auto"``
+            then screens smaller weights, too.
 
     Raises:
         TypeError: not a floating tensor.
@@ -142,6 +155,7 @@ class Screen:
         kernel: str = "auto",
         seed: int | None = None,
         changes: RowChanges | None = None,
+        rows: int = 1,
     ) -> None:
         if seed is not None and not 0 <= seed < 1 << _SEED_BITS:
             raise ValueError(f"seed is {seed}; expected 0 to 2**{_SEED_BITS} - 1")
@@ -159,6 +173,7 @@ class Screen:
         self._kernel = kernel
         self._seed = secrets.randbits(_SEED_BITS) if seed is None else seed
         self._changes = changes
+        self._rows = rows
         self._copied_bias: Tensor | None = None
         self._core: _core.Screen | GpuScreen | None = None
         # The state of the weights that the 8-bit copy is of, and the last state seen.
@@ -201,7 +216,11 @@ class Screen:
             return self.requested, "as asked for"
         if problem is not None:
             return "none", problem
-        fewest = 1 << 20 if _device.on_gpu(self._W) else _FEWEST_WEIGHTS[self._W.dtype]
+        fewest = _FEWEST_FOR_MANY_ROWS
+        if not _device.on_gpu(self._W) and (
+            self._rows < _MANY_ROWS or self._W.dtype != torch.float32
+        ):
+            fewest = _FEWEST_WEIGHTS[self._W.dtype]
         if self._W.numel() < fewest:
             return "none", f"fewer than {fewest} weights: a dense product is as fast"
         if _device.on_gpu(self._W):
@@ -213,6 +232,10 @@ class Screen:
         kind, kernel = best_screen(self._W.dtype)
         if kind == "none":
             return "none", "this CPU has no fast 8-bit products (AMX or VNNI)"
+        coarse, d_in = _core.screen_kernels("bf16")[0], self._W.shape[1]
+        short = d_in <= _SHORT_ROWS and self._W.dtype == torch.float32
+        if short and coarse in _FAST_COARSE_KERNELS:
+            return "bf16", f"rows of {d_in} are too short for 8 bits to pay beside {coarse}"
         return "int8", f"8-bit products by {kernel} are the fastest here"
 
     def is_of(self, W_features: Tensor, b_enc: Tensor, kind: ScreenKind) -> bool:
@@ -385,7 +408,7 @@ class Screen:
                 rule,
                 choice.numpy() if isinstance(choice, Tensor) else choice,
                 check_finite,
-                _common.threads(self._W.numel()),
+                _common.threads(max(self._W.numel(), len(flat) * self._W.shape[0])),
             )
             found = _common.raw_from_rust(raw)
         return SparseCodes(*found, self._W.shape[0], tuple(x.shape[:-1]))

@@ -95,7 +95,9 @@ class Learner:
         self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         """Adam's moments, by parameter; as torch.optim.Adam names them."""
         self._torch_adam = None if self.in_factors else self._make_torch_adam()
-        self.screen = ops.Screen(self.parameters["encoder"], self.parameters["b_enc"])
+        self.screen = ops.Screen(
+            self.parameters["encoder"], self.parameters["b_enc"], rows=config.batch_size
+        )
         """Finds codes, unless all is plain torch."""
         self.unfired_tokens = torch.zeros(self.features, dtype=torch.int64, device=device)
         """Tokens since each feature last fired."""
