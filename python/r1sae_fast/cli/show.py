@@ -7,13 +7,8 @@ from typing import Annotated
 
 import typer
 
-from r1sae_fast.cli.features import (
-    Feature,
-    ShownContexts,
-    ShownPerInterval,
-    ShownWindow,
-    print_shown,
-)
+from r1sae_fast.cli.features.asking import print_shown
+from r1sae_fast.cli.features.output import Feature, ShownContexts, ShownPerInterval, ShownWindow
 
 _VARIABLE = "R1SAE_DATABASE"
 _USUAL = ("*.ddb", "run/*.ddb")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import duckdb
 import pyarrow as pa
 
 from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features.database_file import DatabaseFile
 from r1sae_fast.features.identity import Origin, require_same_sae
 from r1sae_fast.features.labelled import Who
 from r1sae_fast.features.query.columns import find, statistics_query
@@ -32,24 +31,8 @@ if TYPE_CHECKING:
 StrPath = str | os.PathLike[str]
 
 
-class Questions(ABC):
+class Questions(DatabaseFile, ABC):
     """The questions; :class:`FeatureDB` gives the answers' source."""
-
-    path: Path
-    _columns: dict[str, set[str]]
-
-    @abstractmethod
-    def _fetch(self, query: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]: ...
-
-    @abstractmethod
-    def _fetch_arrow(self, query: str) -> pa.Table: ...
-
-    @contextmanager
-    @abstractmethod
-    def _cursor(self) -> Iterator[duckdb.DuckDBPyConnection]: ...
-
-    @abstractmethod
-    def _known(self, feature: int) -> int: ...
 
     @abstractmethod
     def feature(self, feature: int) -> FeatureSummary: ...
@@ -58,18 +41,6 @@ class Questions(ABC):
     def top(
         self, feature: int, n: int = 10, window: int = 5, *, per_sequence: int | None = None
     ) -> TopExamples: ...
-
-    @cached_property
-    @abstractmethod
-    def histogram_edges(self) -> tuple[float, ...] | None: ...
-
-    @cached_property
-    @abstractmethod
-    def metadata(self) -> dict[str, str]: ...
-
-    @cached_property
-    @abstractmethod
-    def d_sae(self) -> int: ...
 
     @property
     @abstractmethod
