@@ -10,9 +10,11 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -108,3 +110,21 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@pytest.fixture(scope="session")
+def run_killed() -> Callable[..., list[str]]:
+    """Runs ``kill_harness.py`` with these arguments; its lines."""
+
+    def run(*arguments: object) -> list[str]:
+        harness = str(Path(__file__).with_name("kill_harness.py"))
+        done = subprocess.run(
+            [sys.executable, harness, *map(str, arguments)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return done.stdout.splitlines()
+
+    return run

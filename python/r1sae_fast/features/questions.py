@@ -24,6 +24,8 @@ from r1sae_fast.features.view import FeatureView, gather
 
 if TYPE_CHECKING:
     from r1sae_fast.features.results import TopExamples
+    from r1sae_fast.features.semantic import TextEncoder
+    from r1sae_fast.features.semantic.search import Labels
     from r1sae_fast.features.summary import FeatureSummary, Labeller
     from r1sae_fast.r1.engines.base import Engine
     from r1sae_fast.sae import FastSAE
@@ -33,6 +35,8 @@ StrPath = str | os.PathLike[str]
 
 class Questions(DatabaseFile, ABC):
     """The questions; :class:`FeatureDB` gives the answers' source."""
+
+    _embedded: tuple[StrPath | TextEncoder, Labels] | None = None
 
     @abstractmethod
     def feature(self, feature: int) -> FeatureSummary: ...
@@ -52,7 +56,9 @@ class Questions(DatabaseFile, ABC):
         places = {"autointerp": "labels", "token_lift": "tokens"}
         return tuple(name for table, name in places.items() if table in self._columns)
 
-    def search(self, text: str, n: int = 20) -> SearchHits:
+    def search(
+        self, text: str, n: int = 20, *, semantic: StrPath | TextEncoder | None = None
+    ) -> SearchHits:
         """Features whose label holds words of ``text``, or that fire on (or beside) such tokens.
 
         Case does not matter; words may be parts of words. Labels that a model wrote are ranked by
@@ -60,12 +66,27 @@ class Questions(DatabaseFile, ABC):
         most about each feature), by the share of the feature's strength. A file without that
         table is searched by label alone.
 
+        With ``semantic``, features whose label means about the same, whatever its words: ``score``
+        is the cosine of their vectors. The first such search embeds all labels and keeps the
+        vectors in ``<database>.vectors/``, for labels and a model that are the same to the letter.
+
+        Args:
+            text: words.
+            n: at most so many features.
+            semantic: a static embedding model (model2vec): its folder, or its name in the Hugging
+                Face cache (nothing is fetched). Or any object with ``encode(texts) -> [texts,
+                dimensions]``, such as a loaded SentenceTransformer: its vectors are kept in memory.
+
         Raises:
-            ValueError: empty text.
-            DatabaseError: the file has neither labels nor token_lift.
+            ValueError: empty text, or of words that the model does not know.
+            DatabaseError: the file has neither labels nor token_lift; kept vectors are damaged.
+            MissingExtraError: model2vec is not installed (extra ``search``).
+            FileNotFoundError, CheckpointError: no such model, or not one that can be read.
         """
-        if not text:
+        if not text.strip() if semantic is not None else not text:
             raise ValueError("the text to search for is empty; expected a word or a part of one")
+        if semantic is not None:
+            return SearchHits(self._labels_by_meaning(semantic).search(text, n))
         if not self.searched:
             raise DatabaseError(
                 f"{self.path}: nothing to search: it has neither labels (table autointerp) nor "
@@ -73,6 +94,16 @@ class Questions(DatabaseFile, ABC):
                 "(autointerp.db), which FeatureDB.open joins where it lies beside the database"
             )
         return SearchHits(search(self._fetch, self._columns, text, self._who)[: max(n, 0)])
+
+    def _labels_by_meaning(self, semantic: StrPath | TextEncoder) -> Labels:
+        from r1sae_fast.features.semantic.model import load_model
+        from r1sae_fast.features.semantic.search import Labels
+
+        last = self._embedded
+        if last is None or (last[0] is not semantic and last[0] != semantic):
+            labels = Labels(self._fetch, self._columns, self.path, load_model(semantic))
+            self._embedded = last = (semantic, labels)
+        return last[1]
 
     def find(
         self,

@@ -59,7 +59,8 @@ class TopExample:
 class SearchHit:
     """A feature that a search found.
 
-    ``matched`` says by what: ``"label"`` (one that a model wrote) or ``"token"`` alone. ``token``
+    ``matched`` says by what: ``"label"`` (one that a model wrote), ``"token"`` alone, or
+    ``"meaning"`` (of the label; ``score`` is then a cosine). ``token``
     is the text of the best token found and ``token_offset`` where it is (0: the feature fires on
     it, -1: after it, 1: before it). ``label`` is the label that matched, or the feature's best.
     ``score`` orders hits: a label's is from 0 to 2 (more than 1 if it has all words), a token's

@@ -56,11 +56,23 @@ def search(
     database: Database,
     text: Annotated[str, typer.Argument(help="Words of labels or tokens.", show_default=False)],
     n: Annotated[int, typer.Option("--n", "-n", help="At most so many features.")] = 20,
+    semantic: Annotated[
+        str | None,
+        typer.Option(
+            help="Search labels by meaning: folder of a model2vec model, or its name in the "
+            "Hugging Face cache.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     out: Out = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Find features by label, and by the tokens on which they fire."""
+    """Find features by label, and by the tokens on which they fire; or by a label's meaning.
+
+    --semantic needs the extra [search] and fetches nothing. It keeps the labels' vectors beside
+    the database.
+    """
     from rich.text import Text
 
     from r1sae_fast.features.labels import VERBS
@@ -68,19 +80,20 @@ def search(
     from r1sae_fast.features.text import visible
 
     with open_database(database) as db:
-        hits = db.search(text, n)
+        hits = db.search(text, n, semantic=semantic)
         searched = db.searched
     if given_out(hits, as_json, out, overwrite):
         return
     table = table_of("feature", "active on", "score", "label", "found by", numbers=3)
     for hit in hits:
-        found_by = "label" if hit.matched == "label" else ""
+        found_by = "" if hit.matched == "token" else hit.matched
         if hit.token is not None and hit.token_offset is not None:
             found_by += ", " if found_by else ""
             found_by += f'{VERBS[hit.token_offset]} "{visible(hit.token)}"'
         label = Text() if hit.label is None else label_text(hit.label, hit.model_name)
         count = "" if hit.count is None else f"{hit.count:,}"
         table.add_row(str(hit.feature_id), count, f"{hit.score:.2f}", label, Text(found_by))
+    searched = ("labels",) if semantic is not None else searched
     nothing = f"no feature found; {' and '.join(searched)} were searched"
     if "labels" not in searched:
         nothing += " (this file has no labels: no table autointerp)"
