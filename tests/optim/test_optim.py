@@ -1,6 +1,8 @@
 """Adam and clipping on factored gradients against torch's on dense ones."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -372,31 +374,70 @@ def test_a_step_twice_with_the_same_gradient_counts_both_once() -> None:
     assert factored_gradient(parameter) is None
 
 
-# -- bad input ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_dense_gradient_beside_a_product_on_the_same_rows(transposed: bool) -> None:
-    weight = torch.ones(5, 3)
-    parameter = torch.nn.Parameter(weight.T if transposed else weight)
-    factored = FactoredGradient(5, 3)
-    factored.add_product(torch.tensor([1, 4]), torch.ones(2, 2), torch.ones(2, 3))
-    parameter.factored_grad = factored  # type: ignore[attr-defined]
-    dense = torch.zeros(5, 3)
-    dense[4, 2] = 1.0
-    parameter.grad = dense.T if transposed else dense
-    before = parameter.detach().clone()
-    with pytest.raises(ValueError, match=r"feature 4 has a gradient in \.grad and in a product"):
-        Adam([parameter], lr=0.1).step()
-    assert torch.equal(parameter, before)
-    # Rows that only one of them has are no matter.
-    dense[4] = 0.0
-    dense[0] = 1.0
-    twin = torch.nn.Parameter(before.clone())
-    twin.grad = (dense + factored.to_dense()).T if transposed else dense + factored.to_dense()
-    Adam([parameter], lr=0.1).step()
-    torch.optim.Adam([twin], lr=0.1).step()
-    torch.testing.assert_close(parameter, twin)
+@pytest.mark.parametrize("unit_rows", [False, True])
+def test_what_else_adds_to_the_rows_of_a_product(unit_rows: bool, transposed: bool) -> None:
+    """Codes, a second product and a dense gradient: one sum, one step, one norm."""
+    torch.manual_seed(0)
+    weight = torch.randn(9, 7)
+    weight /= weight.norm(dim=1, keepdim=True)
+    factored = FactoredGradient(9, 7)
+    dense = torch.zeros(9, 7)
+    for features in ([1, 4, 5], [0, 4, 5]):
+        left, right = torch.randn(20, 3), torch.randn(20, 7)
+        factored.add_product(torch.tensor(features), left, right)
+        dense[features] += left.T @ right
+    rows = torch.randn(3, 7)
+    factored.add_rows(torch.tensor([1, 4, 8]), rows)
+    dense[[1, 4, 8]] += rows
+    torch.testing.assert_close(factored.to_dense(), dense)
+    torch.testing.assert_close(factored.to_sparse().to_dense(), dense)
+    assert factored.norm(weight) == pytest.approx(float(dense.norm()), rel=1e-5)
+    assert factored.norm_bound() >= float(dense.norm())
+    further = torch.randn(9, 7)
+    mine, theirs = (torch.nn.Parameter(weight.clone()) for _ in range(2))
+    if transposed:
+        mine = torch.nn.Parameter(weight.clone().T)
+    mine.factored_grad, mine.grad = factored, further.T if transposed else further  # type: ignore[attr-defined]
+    theirs.grad = dense + further
+    groups = [{"params": [mine], "unit_rows": unit_rows and not transposed}]
+    if groups[0]["unit_rows"]:
+        theirs.grad -= (theirs.grad * weight).sum(1, keepdim=True) * weight
+    norm = float(theirs.grad.norm())
+    found = clip_grad_norm_([mine], norm / 2, unit_rows=[mine] if groups[0]["unit_rows"] else [])
+    assert found == pytest.approx(norm, rel=1e-5)
+    theirs.grad /= 2
+    Adam(groups, lr=0.1).step()
+    torch.optim.Adam([theirs], lr=0.1).step()
+    if groups[0]["unit_rows"]:
+        theirs.data /= theirs.data.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(mine.T if transposed else mine, theirs)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are counted by Linux")
+def test_moments_of_features_that_never_fire_take_no_memory() -> None:
+    """Nor does a state dict make them take any."""
+    weight = torch.nn.Parameter(torch.ones(8192, 2048))
+    gradient = FactoredGradient(*weight.shape)
+    gradient.add_rows(torch.tensor([5]), torch.ones(1, 2048))
+    weight.factored_grad = gradient  # type: ignore[attr-defined]
+    optimizer = Adam([weight])
+    before = resident_bytes()
+    for _ in range(2):
+        optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    # Of 128 MiB of moments; what else a step takes is far less than the quarter.
+    assert resident_bytes() - before < weight.nbytes // 2
+    assert all(state[name].count_nonzero() == 2048 for name in ("exp_avg", "exp_avg_sq"))
+
+
+def resident_bytes() -> int:
+    """Of this process's own memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+# -- bad input ------------------------------------------------------------------------------------
 
 
 def test_bad_settings_are_refused() -> None:

@@ -79,3 +79,22 @@ def test_what_it_can_not_hold_is_named() -> None:
     sae.decoder_copy = torch.float64
     with pytest.raises(ValueError, match="float64"):
         sae.decode(codes)
+
+
+@torch.no_grad()
+def test_new_weights_at_the_place_of_old_ones_are_copied_again() -> None:
+    """Same address, shape and version: what only their identity tells apart."""
+    kept, memory = ops.DecoderCopy(torch.bfloat16), torch.zeros(4 * 3)
+    for value in (1.0, 2.0):
+        weights = torch.frombuffer(memory.numpy(), dtype=torch.float32).view(4, 3)
+        memory.fill_(value)
+        assert weights._version == 0
+        assert torch.equal(kept.of(weights), weights.bfloat16())
+        del weights
+    parameter = torch.nn.Parameter(torch.ones(4, 3), requires_grad=False)
+    for value in (3.0, 4.0):
+        parameter.data = torch.frombuffer(memory.numpy(), dtype=torch.float32).view(4, 3)
+        memory.fill_(value)
+        assert torch.equal(kept.of(parameter), parameter.bfloat16())
+    first = kept.of(parameter)
+    assert kept.of(parameter) is first

@@ -1,6 +1,10 @@
-"""Weights on large pages: they are read here and there, and looking an address up costs time."""
+"""Weights on large pages: they are read here and there, and looking an address up costs time.
+Zeros on small ones, which take no memory until they are written to."""
 
 from __future__ import annotations
+
+import contextlib
+import mmap
 
 import torch
 from torch import Tensor
@@ -8,7 +12,7 @@ from torch import Tensor
 from r1sae_fast import _core
 from r1sae_fast.ops import _common
 
-__all__ = ["empty_weights", "on_large_pages"]
+__all__ = ["empty_weights", "on_large_pages", "zeros_on_demand"]
 
 # Below this the system's own caches of addresses do.
 _LARGE_BYTES = 32 << 20
@@ -35,3 +39,19 @@ def on_large_pages(tensor: Tensor) -> Tensor:
         return tensor
     copy = empty_weights(*tensor.shape, dtype=tensor.dtype)
     return copy.copy_(tensor)
+
+
+def zeros_on_demand(like: Tensor) -> Tensor:
+    """``torch.zeros_like`` (strides kept), which takes memory only as far as it is written to, by
+    pages of some KiB, where ``like`` is large, on the CPU and dense, and the system is Linux."""
+    flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
+    lies_in_order = like.is_contiguous() or (like.dim() == 2 and like.T.is_contiguous())
+    if like.device.type != "cpu" or like.nbytes < _LARGE_BYTES or not (flags and lies_in_order):
+        return torch.zeros_like(like, memory_format=torch.preserve_format)
+    pages = mmap.mmap(-1, like.nbytes, flags=flags)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # With a large page comes its neighbourhood. Kernels without large pages refuse.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    flat = torch.frombuffer(pages, dtype=like.dtype)
+    return flat.view(like.shape) if like.is_contiguous() else flat.view(like.T.shape).T

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ class DecoderCopy:
         if dtype not in COPY_DTYPES:
             raise ValueError(f"a decoder copy in {dtype}; expected torch.float16 or torch.bfloat16")
         self.dtype = dtype
+        # Of weights that are gone, neither address nor version tells them from later ones.
+        self._owners: tuple[weakref.ref[object], ...] = ()
         self._state: tuple[object, ...] | None = None
         self._copy: Tensor | None = None
 
@@ -38,10 +42,14 @@ class DecoderCopy:
             ValueError: a number that is too large for float16; names the feature.
         """
         state = (W_dec.data_ptr(), W_dec._version, tuple(W_dec.shape), W_dec.stride())
-        if self._copy is None or state != self._state:
+        owners = (W_dec, W_dec.untyped_storage())
+        known = [owner() for owner in self._owners]
+        is_same = len(known) == 2 and all(a is b for a, b in zip(known, owners, strict=True))
+        if self._copy is None or state != self._state or not is_same:
             self._state, self._copy = None, None
             self._copy = self._made(W_dec.detach())
             self._state = state
+            self._owners = tuple(weakref.ref(owner) for owner in owners)
         return self._copy
 
     def _made(self, W_dec: Tensor) -> Tensor:

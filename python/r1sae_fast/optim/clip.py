@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from r1sae_fast.optim.factored import factored_gradient, feature_major, turning
+from r1sae_fast.optim.factored import (
+    FactoredGradient,
+    as_rows,
+    factored_gradient,
+    feature_major,
+    turning,
+)
 
 __all__ = ["clip_grad_norm_"]
 
@@ -46,25 +52,34 @@ def clip_grad_norm_(
     parameters = list(parameters)
     turned = {id(parameter) for parameter in unit_rows}
     whole = {id(parameter) for parameter in shared}
-    dense, factored, squared, of_shared = [], [], 0.0, 0.0
+    dense, factored, counted_together, squared, of_shared = [], [], [], 0.0, 0.0
     for parameter in parameters:
+        gradient = factored_gradient(parameter)
         if parameter.grad is not None:
             dense.append(parameter.grad)
+        if gradient is not None and parameter.grad is not None:
+            # Their sum has a norm of its own.
+            both = FactoredGradient(gradient.d_sae, gradient.d_in)
+            both.extend(gradient)
+            both.add_dense(as_rows(parameter.grad, parameter))
+            counted_together.append((both, parameter))
+        elif parameter.grad is not None:
             turns = id(parameter) in turned
             counted = turning(parameter.grad, parameter) if turns else parameter.grad
             if id(parameter) in whole:
                 of_shared += float(counted.norm()) ** 2
             else:
                 squared += float(counted.norm()) ** 2
-        gradient = factored_gradient(parameter)
+        elif gradient is not None:
+            counted_together.append((gradient, parameter))
         if gradient is not None:
-            factored.append((gradient, parameter))
-    bound = squared + sum(gradient.norm_bound() ** 2 for gradient, _ in factored)
+            factored.append(gradient)
+    bound = squared + sum(gradient.norm_bound() ** 2 for gradient, _ in counted_together)
     bound = total(bound) + of_shared
     # False for NaN, which then shows itself in the norm.
     if bound <= max_norm**2:
         return None
-    for gradient, parameter in factored:
+    for gradient, parameter in counted_together:
         weight = feature_major(parameter)
         if weight is None:
             raise ValueError("a factored gradient for a parameter that is not a contiguous matrix")
@@ -72,7 +87,7 @@ def clip_grad_norm_(
     norm = float((total(squared) + of_shared) ** 0.5)
     if not norm <= max_norm:
         factor = max_norm / norm
-        for gradient, _ in factored:
+        for gradient in factored:
             gradient.scale_(factor)
         for tensor in dense:
             tensor.mul_(factor)

@@ -23,6 +23,7 @@ __all__ = [
     "Leave",
     "Product",
     "RustSource",
+    "as_rows",
     "factored_gradient",
     "feature_major",
     "leave_at",
@@ -46,13 +47,6 @@ class Product(NamedTuple):
     """``[rows, n]``."""
     right: Tensor
     """``[rows, d_in]``."""
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The features and their gradient rows, some at a time."""
-        step = max(1, _BLOCK_NUMBERS // max(1, self.right.shape[1]))
-        for start in range(0, self.features.shape[0], step):
-            part = self.left[:, start : start + step]
-            yield self.features[start : start + step], part.T @ self.right
 
 
 class FactoredGradient:
@@ -104,8 +98,12 @@ class FactoredGradient:
         )
         self.add(lists, torch.ones(features.shape[0]), rows)
 
+    def add_dense(self, gradient: Tensor) -> None:
+        """Adds ``gradient [d_sae, d_in]``, kept, not copied."""
+        self.add_rows(torch.arange(self.d_sae), gradient)
+
     def add_product(self, features: Tensor, left: Tensor, right: Tensor) -> None:
-        """Adds ``left.T @ right`` to the rows ``features``, which nothing else may add to.
+        """Adds ``left.T @ right`` to the rows ``features`` (int64, rising).
 
         Worth it where more than some percent of ``left [rows, n]`` are not 0.
         """
@@ -141,13 +139,16 @@ class FactoredGradient:
 
     def norm_bound(self) -> float:
         """A number that :meth:`norm` doesn't exceed, at a hundredth of its cost."""
-        squared = _core.gradient_norm_bound(
+        of_sources = _core.gradient_norm_bound(
             self.rust_sources(), self.d_sae, self.d_in, torch.get_num_threads()
         )
-        for _, left, right in self._products:
-            squared += float(left.norm()) ** 2 * float(right.norm()) ** 2
-        # Room for the rounding of both.
-        return 1.001 * float(np.sqrt(squared))
+        parts = [float(left.norm()) * float(right.norm()) for _, left, right in self._products]
+        if self._overlaps():
+            bound = float(np.sqrt(of_sources)) + sum(parts)
+        else:
+            bound = float(np.sqrt(of_sources + sum(part**2 for part in parts)))
+        # Room for the rounding of all.
+        return 1.001 * bound
 
     def norm(self, weight: Tensor, *, unit_rows: bool = False) -> float:
         """The Frobenius norm, from sums that are made and dropped.
@@ -156,15 +157,52 @@ class FactoredGradient:
             weight: ``[d_sae, d_in]``, what this is the gradient of.
             unit_rows: its rows are of norm 1, and only what turns them counts.
         """
-        squared = _core.gradient_squared_norm(
-            self.rust_sources(), _array(weight), unit_rows, torch.get_num_threads()
-        )
-        for product in self._products:
-            for features, block in product.blocks():
-                if unit_rows:
-                    block = turning(block, weight.detach()[features])
-                squared += float(block.norm()) ** 2
+        if self._overlaps():
+            # Rows of sums of different kinds: none can be told from its parts' norms.
+            squared, blocks = 0.0, self._blocks(self.touched().nonzero().flatten())
+        else:
+            squared = _core.gradient_squared_norm(
+                self.rust_sources(), _array(weight), unit_rows, torch.get_num_threads()
+            )
+            blocks = self.product_rows()
+        for features, block in blocks:
+            if unit_rows:
+                block = turning(block, weight.detach()[features])
+            squared += float(block.norm()) ** 2
         return float(np.sqrt(squared))
+
+    def in_products(self) -> Tensor:
+        """Which features have a product, ``[d_sae]`` bool."""
+        found = torch.zeros(self.d_sae, dtype=torch.bool)
+        for product in self._products:
+            found[product.features] = True
+        return found
+
+    def product_rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The features that have a product and their gradient's rows, all that is added to them
+        included; some at a time, each once."""
+        if self._overlaps():
+            yield from self._blocks(self.in_products().nonzero().flatten())
+            return
+        for features, left, right in self._products:
+            step = self._block_rows()
+            for start in range(0, features.shape[0], step):
+                some = slice(start, start + step)
+                yield features[some], left[:, some].T @ right
+
+    def _overlaps(self) -> bool:
+        """Whether anything else adds to the rows of a product."""
+        if not self._products:
+            return False
+        taken = torch.zeros(self.d_sae, dtype=torch.bool)
+        for product in self._products:
+            if bool(taken[product.features].any()):
+                return True
+            taken[product.features] = True
+        return bool((self._in_sources() & taken).any())
+
+    def _block_rows(self) -> int:
+        return max(1, _BLOCK_NUMBERS // max(1, self.d_in))
 
     # -- what a user may look at ------------------------------------------------------------------
 
@@ -174,13 +212,14 @@ class FactoredGradient:
 
     def touched(self) -> Tensor:
         """Which features have codes, ``[d_sae]`` bool: all other rows are 0."""
-        touched = torch.zeros(self.d_sae, dtype=torch.bool)
+        return self._in_sources() | self.in_products()
+
+    def _in_sources(self) -> Tensor:
+        found = torch.zeros(self.d_sae, dtype=torch.bool)
         for lists, _, _ in self._sources:
             ones = np.ones(lists.nnz, dtype=np.float32)
-            touched |= torch.from_numpy(lists.sums(ones)) > 0
-        for product in self._products:
-            touched[product.features] = True
-        return touched
+            found |= torch.from_numpy(lists.sums(ones)) > 0
+        return found
 
     def to_sparse(self) -> Tensor:
         """A hybrid ``torch.sparse_coo`` tensor that holds the rows of features with codes."""
@@ -200,9 +239,15 @@ class FactoredGradient:
         )
         rows = torch.from_numpy(flat).reshape(features.shape[0], self.d_in)
         for product in self._products:
-            for some, block in product.blocks():
-                rows[torch.searchsorted(features, some)] = block
+            here = torch.isin(product.features, features)
+            places = torch.searchsorted(features, product.features[here])
+            rows[places] += product.left[:, here].T @ product.right
         return rows
+
+    def _blocks(self, features: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """:meth:`_rows`, some at a time, with their features."""
+        for some in torch.split(features, self._block_rows()):
+            yield some, self._rows(some)
 
 
 def turning(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -238,6 +283,13 @@ def feature_major(matrix: Tensor) -> Tensor | None:
     if matrix.is_contiguous():
         return matrix
     return matrix.T if matrix.T.is_contiguous() else None
+
+
+def as_rows(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """A dense gradient, laid out as Rust takes its parameter: feature by feature, or in one row."""
+    if parameter.dim() != 2:
+        return gradient.reshape(1, -1)
+    return gradient if parameter.is_contiguous() else gradient.T
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

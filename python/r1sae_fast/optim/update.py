@@ -12,10 +12,12 @@ from torch import Tensor
 
 from r1sae_fast import _core
 from r1sae_fast.ops._common import threads
+from r1sae_fast.ops._memory import zeros_on_demand
 from r1sae_fast.ops.row_changes import RowChanges
 from r1sae_fast.optim.factored import (
     FactoredGradient,
     RustSource,
+    as_rows,
     factored_gradient,
     feature_major,
     turning,
@@ -24,6 +26,8 @@ from r1sae_fast.optim.factored import (
 __all__ = ["Settings", "Untouched", "update"]
 
 Untouched = Literal["decay", "freeze"]
+
+_SETTLED_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,14 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
         state: empty before the first step.
 
     Raises:
-        ValueError: a factored gradient for a parameter that Rust can't take; a dense one that adds
-            to rows of a factored one that is a product.
+        ValueError: a factored gradient for a parameter that Rust can't take.
     """
     factored = factored_gradient(parameter)
-    if factored is not None and parameter.grad is not None:
-        _refuse_both(parameter.grad, parameter, factored)
     if not state:
         state["step"] = torch.zeros(())
         for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            # Features that never fire take no memory.
+            state[name] = zeros_on_demand(parameter.detach())
     state["step"] += 1
     arrays = []
     for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]):
@@ -66,8 +68,7 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
         if factored is not None:
             combined.extend(factored)
         if parameter.grad is not None:
-            every = torch.arange(combined.d_sae)
-            combined.add_rows(every, _as_rows(parameter.grad, parameter))
+            combined.add_dense(as_rows(parameter.grad, parameter))
         changes, version = getattr(parameter, "row_changes", None), parameter._version
         asleep = state.get("asleep")
         slept = None if asleep is None else asleep != 0
@@ -90,19 +91,6 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
             "contiguous or its transpose"
         )
     _plain_step(settings, state, parameter)
-
-
-def _refuse_both(gradient: Tensor, parameter: Tensor, factored: FactoredGradient) -> None:
-    """Rows of a product are stepped with the product alone, so nothing may be lost in ``.grad``."""
-    for product in factored.products:
-        twice = _as_rows(gradient, parameter)[product.features].any(dim=1)
-        if twice.any():
-            feature = int(product.features[twice.nonzero()[0]])
-            raise ValueError(
-                f"feature {feature} has a gradient in .grad and in a product of the factored "
-                "gradient, which can't be added; compute all of the loss with sparse_grad, or add "
-                "factored_grad.to_dense() to .grad and delete factored_grad"
-            )
 
 
 def _fused_step(
@@ -145,18 +133,14 @@ def _fused_step(
             threads=threads(w.size),
         )
 
-    others = None
-    if factored.products:
-        rest = torch.ones(factored.d_sae, dtype=torch.bool)
-        for product in factored.products:
-            rest[product.features] = False
-        others = rest.nonzero().flatten()
-    update(factored.rust_sources(), others)
-    for product in factored.products:
-        for features, block in product.blocks():
-            part = FactoredGradient(factored.d_sae, factored.d_in)
-            part.add_rows(features, block)
-            update(part.rust_sources(), features)
+    in_products = factored.in_products()
+    update(
+        factored.rust_sources(), (~in_products).nonzero().flatten() if factored.products else None
+    )
+    for features, block in factored.product_rows():
+        part = FactoredGradient(factored.d_sae, factored.d_in)
+        part.add_rows(features, block)
+        update(part.rust_sources(), features)
     return wake
 
 
@@ -166,16 +150,18 @@ def settle(state: dict[str, Tensor], betas: tuple[float, float]) -> None:
     asleep = state.get("asleep")
     if asleep is None or not bool(asleep.any()):
         return
-    sleeping = asleep.nonzero().flatten()
     now = int(state["step"])
-    missed = (now - asleep[sleeping]).double()
     for name, beta in zip(("exp_avg", "exp_avg_sq"), betas, strict=True):
         rows = _rows(state[name])
         if rows is None:  # it has never been through the step in Rust
             return
         moments = torch.from_numpy(rows)
-        moments[sleeping] = (moments[sleeping] * (beta**missed)[:, None]).float()
-    asleep[sleeping] = max(now, 1)
+        # Some at a time; zeros aren't written to, and go on taking no memory.
+        for some in torch.split(asleep.nonzero().flatten(), _SETTLED_ROWS):
+            some = some[moments[some].any(dim=1)]
+            missed = (now - asleep[some]).double()
+            moments[some] = (moments[some] * (beta**missed)[:, None]).float()
+    asleep[asleep != 0] = max(now, 1)
 
 
 def _plain_step(settings: Settings, state: dict[str, Tensor], parameter: Tensor) -> None:
@@ -208,10 +194,3 @@ def _rows(tensor: Tensor) -> NDArray[np.float32] | None:
         return None
     array: NDArray[np.float32] = matrix.numpy()
     return array
-
-
-def _as_rows(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """A dense gradient, laid out as :func:`_rows` lays out its parameter."""
-    if parameter.dim() != 2:
-        return gradient.reshape(1, -1)
-    return gradient if parameter.is_contiguous() else gradient.T

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
+from r1sae_fast.ops._memory import empty_weights, zeros_on_demand
 from r1sae_fast.optim import FactoredGradient, clip_grad_norm_
 from r1sae_fast.optim.factored import turning
 from r1sae_fast.optim.update import Settings, settle, update
@@ -40,6 +41,7 @@ class StepFigures:
 
 
 _DRAWN_ROWS = 1024
+_CACHED_NUMBERS = 1 << 18
 
 _SHARED = "b_dec"
 """The parameter that every process has whole; the others lie with the features."""
@@ -87,7 +89,8 @@ class Learner:
         directions = _first_directions(config, d_in, self.first, end).to(device)
         self.parameters: dict[str, Tensor] = {"encoder": directions}
         if not config.tied:
-            self.parameters["decoder"] = directions.clone()
+            decoder = empty_weights(*directions.shape, dtype=torch.float32, device=device)
+            self.parameters["decoder"] = decoder.copy_(directions)
         self.parameters["b_enc"] = torch.zeros(self.features, device=device)
         self.parameters["b_dec"] = torch.zeros(d_in, device=device)
         if config.mode == "jumprelu":
@@ -243,7 +246,7 @@ class Learner:
             found["log_threshold"] = jumprelu.gradient_of_log_threshold(
                 sae, forward, gradients.of_values, config, sparsity
             )
-        variance = (x - x.mean(0)).square().sum()
+        variance = _squared_deviations(x)
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
         self.l0 = self.ranks.total(codes.nnz) / x.shape[0]
@@ -323,7 +326,7 @@ class Learner:
             parameter.copy_(state[name])
             prefix = f"adam.{name}."
             parts = {
-                key.removeprefix(prefix): tensor.clone()
+                key.removeprefix(prefix): _kept(tensor)
                 for key, tensor in state.items()
                 if key.startswith(prefix)
             }
@@ -340,7 +343,7 @@ def _first_directions(config: TrainConfig, d_in: int, start: int, end: int) -> T
     """Rows ``start`` to ``end`` of the first encoder, without making all of them at once."""
     # On the CPU whatever the device, so that the seed means the same weights everywhere.
     generator = torch.Generator().manual_seed(config.seed)
-    result = torch.empty(end - start, d_in)
+    result = empty_weights(end - start, d_in, dtype=torch.float32)
     at = 0
     while at < config.d_sae:
         # Torch draws 16 numbers at a time: in such blocks it draws what it draws in one.
@@ -353,6 +356,28 @@ def _first_directions(config: TrainConfig, d_in: int, start: int, end: int) -> T
             result[low - start : high - start] = block[low - at : high - at]
         at += size
     return result
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy, in which rows of zeros take no memory where that matters."""
+    copy = zeros_on_demand(tensor)
+    if tensor.dim() != 2:
+        return copy.copy_(tensor)
+    for start in range(0, tensor.shape[0], _DRAWN_ROWS):
+        part = tensor[start : start + _DRAWN_ROWS]
+        # By bits: a zero may have a sign.
+        touched = part.view(torch.uint8).any(dim=1).bool()
+        copy[start : start + _DRAWN_ROWS][touched] = part[touched]
+    return copy
+
+
+def _squared_deviations(x: Tensor) -> Tensor:
+    """The sum of squares of what ``x [n, d_in]`` differs from its mean row by."""
+    mean = x.mean(0)
+    # On the CPU some rows at a time: new memory for a batch costs more than its arithmetic.
+    rows = max(1, _CACHED_NUMBERS // x.shape[1])
+    parts = torch.split(x, rows) if x.device.type == "cpu" else (x,)
+    return torch.stack([(part - mean).square().sum() for part in parts]).sum()
 
 
 def _unit_rows(matrix: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ impl Screen {
         self.weights
             .refresh(self.shape, &source, options.simd, options.threads, cancel)?;
         if self.shape.kind == Kind::Int8 {
-            self.spread.refresh(self.shape, self.weights.tiles.bytes());
+            self.spread
+                .refresh(self.shape, self.weights.tiles.bytes(), options.threads);
         }
         self.is_whole = true;
         Ok(())
@@ -271,7 +272,8 @@ impl Screen {
             )));
         }
         if self.shape.kind == Kind::Int8 && self.spread.adapt(x) {
-            self.spread.refresh(self.shape, self.weights.tiles.bytes());
+            self.spread
+                .refresh(self.shape, self.weights.tiles.bytes(), options.threads);
         }
         let rounding = Rounding::of::<E>();
         let floor = self.floors(rule, rounding)?;

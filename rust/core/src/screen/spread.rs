@@ -5,10 +5,10 @@
 //! places in the product, with the same weights: its whole number is split among them, and the
 //! largest that a row's unit must allow for shrinks as many times.
 
-use super::layout::{Pages, STEP, TILE};
+use super::layout::{Pages, STEP, TILE, TILE_ROWS};
 use super::weights::weight_at;
 use super::Shape;
-use crate::rows::Matrix;
+use crate::rows::{map_ranges_mut, Matrix};
 use crate::simd::Element;
 use crate::Result;
 
@@ -75,18 +75,29 @@ impl Spread {
     }
 
     /// Copies the weights of the places out of all weights.
-    pub(super) fn refresh(&mut self, shape: Shape, weights: &[u8]) {
+    pub(super) fn refresh(&mut self, shape: Shape, weights: &[u8], threads: usize) {
         let steps = shape.steps();
-        for (block, tile) in self.tiles.bytes_mut().chunks_exact_mut(TILE).enumerate() {
-            tile.fill(128);
-            for (place, dimension) in self.dimensions.iter().enumerate() {
-                for feature in 0..super::layout::TILE_ROWS {
-                    let at = block * super::layout::TILE_ROWS + feature;
-                    tile[place / 4 * STEP + feature * 4 + place % 4] =
-                        weight_at(weights, steps, at, *dimension);
+        let dimensions = &self.dimensions;
+        // Each place is a look-up elsewhere in memory.
+        let cost = dimensions.len() * TILE_ROWS * STEP;
+        map_ranges_mut(
+            self.tiles.bytes_mut(),
+            TILE,
+            cost,
+            threads,
+            |blocks, tiles| {
+                for (block, tile) in blocks.zip(tiles.chunks_exact_mut(TILE)) {
+                    tile.fill(128);
+                    for (place, dimension) in dimensions.iter().enumerate() {
+                        for feature in 0..TILE_ROWS {
+                            let at = block * TILE_ROWS + feature;
+                            tile[place / 4 * STEP + feature * 4 + place % 4] =
+                                weight_at(weights, steps, at, *dimension);
+                        }
+                    }
                 }
-            }
-        }
+            },
+        );
     }
 }
 
