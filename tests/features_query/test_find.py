@@ -1,5 +1,6 @@
 """Finding by statistics and by text; the same frames from Python and from the command."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from r1sae_fast.cli.main import app
 from r1sae_fast.features import FeatureDB
+from r1sae_fast.features.query import Frame
 from r1sae_fast.features.query.ranking import bm25, closeness, words_of
 
 
@@ -121,6 +123,29 @@ def test_the_command_gives_the_same_frame(suffix: str, database: FeatureDB, tmp_
     again = CliRunner().invoke(app, [*arguments, "--out", str(out)])
     assert again.exit_code == 1
     assert "exists already" in again.output
+
+
+def test_no_formula_goes_into_a_csv(tmp_path: Path) -> None:
+    """Other kinds of files keep every text as it is."""
+    formulas = ["=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "\t=1", "\r=1", "\n=1", "＝1", "＠x"]
+    harmless = ["a=b", " wait", "'x", "", None, '"=1']
+    texts = [*formulas, *harmless]
+    numbers = [-float(i) for i in range(len(texts))]
+    table = pa.table({"label": texts, "number": numbers, "list": [[1]] * len(texts)})
+    large = table.set_column(0, "label", pa.array(texts, pa.large_string()))
+    for frame in (Frame(table), Frame(large)):
+        path = frame.write(tmp_path / "x.csv", overwrite=True)
+        with path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == ["label", "number"]
+        expected = [f"'{text}" for text in formulas] + [text or "" for text in harmless]
+        assert [row[0] for row in rows[1:]] == expected
+        assert [float(row[1]) for row in rows[1:]] == numbers
+        assert (
+            pq.read_table(frame.write(tmp_path / "x.parquet", overwrite=True)) == frame.to_arrow()
+        )
+        lines = frame.write(tmp_path / "x.jsonl", overwrite=True).read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == texts
 
 
 def test_a_file_of_no_known_kind_is_refused(database: FeatureDB, tmp_path: Path) -> None:

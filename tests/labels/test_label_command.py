@@ -173,8 +173,38 @@ def test_no_label(
     assert len(server.asked) == 3
     assert [asked.body["temperature"] for asked in server.asked] == [0.0, 0.7, 0.7]
     # The answers were paid for: they are kept, and not asked for again.
-    assert "1 failed" in run(database, "--features", "1", *SMALL).stderr
+    again = run(database, "--features", "1", *SMALL).stderr
+    assert "1 failed" in again
+    assert "--retry-failed" in again
     assert len(server.asked) == 3
+
+
+def test_asked_again_where_no_answer_could_be_used(
+    server: Server, run: Run, make_answer: Behave, knowing: Behave, database: Path
+) -> None:
+    bad = make_answer("I can't tell")
+    server.behave = lambda asked: bad
+    run(database, "--features", "1", *SMALL)
+    assert len(server.asked) == 3
+    retried = ("--features", "1", "--retry-failed", *SMALL)
+    assert "1 failed" in run(database, *retried).stderr  # still none: three more are asked
+    assert len(server.asked) == 6
+    # The eighth answer is a label; a run that ends before the feature is done keeps it as well.
+    server.behave = lambda asked: (
+        bad if len(server.asked) < 8 else make_answer("LABEL: feature 1") if asked.kind == "explain"
+        else make_answer(status=400)
+    )  # fmt: skip
+    run(database, *retried)
+    before = len(server.asked)
+    assert before > 8
+    server.behave = knowing
+    result = run(database, "--features", "1", *SMALL)
+    assert "1 of 1 features labelled" in result.stderr
+    assert "explain" not in {asked.kind for asked in server.asked[before:]}
+    with FeatureDB(database) as db:
+        assert db.labels(1)[0].label == "feature 1"
+        usage = db.sql("SELECT requests FROM label_usage WHERE feature_id = 1").to_pylist()
+    assert usage[0]["requests"] >= 8  # all that were paid for
 
 
 def test_a_server_that_breaks_down(

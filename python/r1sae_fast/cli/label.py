@@ -52,6 +52,10 @@ def label(
     max_tokens: Annotated[
         int, typer.Option(help="Completion tokens of an answer; reasoning counts.")
     ] = 4096,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Ask again where no answer could be used before."),
+    ] = False,
     merge: Annotated[
         bool, typer.Option("--merge", help="Only merge what is left in the journal.")
     ] = False,
@@ -85,7 +89,7 @@ def label(
     if dry_run:
         _plan(database, settings, wanted, prices)
     else:
-        _label(database, settings, wanted, prices, max_cost, jobs, timeout)
+        _label(database, settings, wanted, prices, max_cost, jobs, timeout, retry_failed)
 
 
 def _label(
@@ -96,6 +100,7 @@ def _label(
     max_cost: float | None,
     jobs: int,
     timeout: float,
+    retry_failed: bool,
 ) -> None:
     from r1sae_fast.features.text import visible
     from r1sae_fast.labels import Endpoint, LabelRun, label_features
@@ -120,6 +125,7 @@ def _label(
                 max_cost=max_cost,
                 jobs=jobs,
                 timeout=timeout,
+                retry_failed=retry_failed,
                 watch=follow,
             )
     finally:

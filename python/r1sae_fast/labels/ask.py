@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
 from r1sae_fast.errors import LabelError
@@ -40,6 +41,7 @@ class Asker:
     settings: LabelSettings
     prices: Prices | None
     asked: Usage  # by this run
+    retry_failed: bool = False  # asks anew where no answer of the journal could be read
     replayed: int = 0  # answers that were in the journal
 
     async def label(self, sample: Sample) -> Finished:
@@ -56,7 +58,8 @@ class Asker:
         if label is None:
             raise UnusableError(
                 f"no line 'LABEL: ...' in {_TRIES} answers (empty, cut off at explain_tokens, "
-                "or something else)"
+                "or something else); they are kept and not asked for again, but with "
+                "retry_failed (--retry-failed)"
             )
         scores = await _all(
             self._score(name, sample.feature, QUESTIONS[name](label, sample, self.settings), usage)
@@ -91,11 +94,16 @@ class Asker:
                 usage.cost += cost
                 self.asked.cost += cost
 
-        for attempt in range(_TRIES):
+        fresh = 0
+        for attempt in count():
             warmth = _WARMER if attempt else 0.0
             asked = Request(request.model, request.messages, request.max_tokens, warmth)
             answered = self.journal.reply(asked.key, attempt)
             if answered is None:
+                # What was asked beyond the usual tries is in the journal too, and is read again.
+                if attempt >= _TRIES and not (self.retry_failed and fresh < _TRIES):
+                    return None
+                fresh += 1
                 reply = await self.client.ask(asked, lost)
                 used = usage_of(asked, reply, self.prices)
                 answered = Answered(feature, asked.key, attempt, reply, used)
@@ -108,7 +116,7 @@ class Asker:
             found = read(answered.reply.text) if answered.reply.finish != "length" else None
             if found is not None:
                 return found
-        return None
+        raise AssertionError("unreachable")
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

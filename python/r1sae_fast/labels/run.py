@@ -35,7 +35,8 @@ _FAILURES = 5  # features in a row at which the server failed: it is down
 class LabelRun:
     """What a run did, and while it runs, what it has done so far.
 
-    ``skipped`` and ``failed`` tell why by feature; failed ones are tried again by the next run.
+    ``skipped`` and ``failed`` tell why by feature. Failed ones are tried again by the next run;
+    those whose answers could not be used, only with ``retry_failed``.
     ``stopped`` says why the run ended before its last feature, if it did; ``unmerged`` why the
     labels are still in the journal, if they are.
     """
@@ -78,6 +79,7 @@ def label_features(
     timeout: float = 300.0,
     retries: int = 8,
     round_size: int = ROUND,
+    retry_failed: bool = False,
     watch: Callable[[LabelRun], None] = lambda run: None,
 ) -> LabelRun:
     """Has a language model label features of a database, and scores the labels.
@@ -99,6 +101,8 @@ def label_features(
         timeout: seconds for one answer.
         retries: of a request that fails.
         round_size: features between merges.
+        retry_failed: asks again about features whose answers could not be used: each request three
+            times more. Else these answers, which were paid for, are read again and fail again.
         watch: called whenever something is done.
 
     Returns:
@@ -141,7 +145,9 @@ def label_features(
                 for start in range(0, len(todo), round_size):
                     part = todo[start : start + round_size]
                     with _round(path, mark, run) as (db, journal):
-                        asker = Asker(client, journal, endpoint, settings, prices, run.asked)
+                        asker = Asker(
+                            client, journal, endpoint, settings, prices, run.asked, retry_failed
+                        )
                         await _Round(db, asker, run, budget, watch).work(part, jobs)
                     if run.stopped:
                         break

@@ -65,6 +65,9 @@ class ArrowFrame(ABC):
     def write(self, path: Path | str, *, overwrite: bool = False) -> Path:
         """Writes the rows whole or not at all: .parquet, .arrow, .csv or .jsonl.
 
+        A .csv has no nested columns, and text in it that a spreadsheet would run as a formula has
+        an apostrophe before it; the other kinds keep every text as it is.
+
         Raises:
             FileExistsError: the file is there already and ``overwrite`` is false.
             ValueError: another ending.
@@ -136,8 +139,7 @@ def write_table(table: pa.Table, path: Path, *, overwrite: bool) -> Path:
         elif path.suffix == ".csv":
             import pyarrow.csv as pcsv
 
-            flat = [n for n in table.column_names if not pa.types.is_nested(table[n].type)]
-            pcsv.write_csv(table.select(flat), temporary)
+            pcsv.write_csv(for_spreadsheets(table), temporary)
         else:
             with temporary.open("w", encoding="ascii", newline="\n") as file:
                 for batch in table.to_batches(max_chunksize=4096):
@@ -145,3 +147,25 @@ def write_table(table: pa.Table, path: Path, *, overwrite: bool) -> Path:
                         # ASCII: whatever reads it, no letter can be broken or act.
                         file.write(json.dumps(row, default=str, allow_nan=False) + "\n")
     return path
+
+
+_FORMULA = r"^[=+\-@\t\r\n\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}]"
+
+
+def for_spreadsheets(table: pa.Table) -> pa.Table:
+    """The flat columns, with no text that a spreadsheet would take for a formula.
+
+    A label or a token may begin as one does: =, +, -, @ (full-width ones too), a tab or a line
+    break. An apostrophe goes before it, as OWASP advises ("CSV Injection").
+    """
+    import pyarrow.compute as pc
+
+    columns = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            sign, nothing = pa.scalar("'", column.type), pa.scalar("", column.type)
+            quoted = pc.binary_join_element_wise(sign, column, nothing)
+            column = pc.if_else(pc.match_substring_regex(column, _FORMULA), quoted, column)
+        if not pa.types.is_nested(column.type):
+            columns[name] = column
+    return pa.table(columns)
