@@ -96,7 +96,7 @@ def test_the_saved_sae_takes_raw_activations(
     assert torch.equal(again.threshold, sae.threshold)
     run = Run(shards, tmp_path / "sae", config(settings), CPU, resume=True)
     batch = shards[:300]
-    x, _ = run.standardisation.apply(batch, CPU)
+    x = run.standardisation.apply(batch, CPU).x
     learner, codes = run.learner, again.encode(batch.activations)
     pre = x @ learner.parameters["encoder"].T + learner.parameters["b_enc"]
     if sae.mode == "batch_topk":

@@ -74,7 +74,7 @@ def test_the_saved_sae_takes_raw_activations(
     lock.release()
     sae = FastSAE.load(tmp_path / "sae")
     batch = shards[:300]
-    x, left_out = run.standardisation.apply(batch, torch.device("cpu"))
+    x, _, left_out = run.standardisation.apply(batch, torch.device("cpu"))
     assert left_out == 0
     assert float(x.norm(dim=1).mean()) == pytest.approx(math.sqrt(24), rel=0.05)
     weights, scale = run.learner.parameters, run.standardisation.scale

@@ -1,7 +1,8 @@
 """Our own format: a folder with ``sae.safetensors`` and ``config.json``.
 
 ``sae.safetensors`` holds ``W_dec [d_sae, d_in]``, ``b_enc [d_sae]``, ``b_dec [d_in]``,
-``threshold`` (float32, ``[]`` or ``[d_sae]``) and, unless tied, ``W_enc [d_in, d_sae]``; its header
+``threshold`` (float32, ``[]`` or ``[d_sae]``), unless tied ``W_enc [d_in, d_sae]``, and of a
+transcoder with a skip connection ``W_skip [d_in, d_in]``; its header
 carries the config as well, so that one rename replaces an SAE whole. ``config.json`` is the copy
 for people and for the hub; where the two differ (a crash between the renames, or an edit by hand),
 the header counts.
@@ -128,7 +129,8 @@ def build(
     """An SAE around ``tensors``, without a copy where device, dtype and layout allow.
 
     Args:
-        tensors: W_dec, b_enc, b_dec, W_enc unless tied, and perhaps threshold.
+        tensors: W_dec, b_enc, b_dec, W_enc unless tied, W_skip where there is a skip connection,
+            and perhaps threshold.
         where: opens the messages.
 
     Raises:
@@ -139,6 +141,8 @@ def build(
     expected = {"W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
     if not config.tied:
         expected["W_enc"] = (d_in, d_sae)
+    if config.skip_connection:
+        expected["W_skip"] = (d_in, d_in)
     check_tensors(tensors, expected, where, optional=("threshold",))
     dtype = tensors["W_dec"].dtype if dtype is None else dtype
     check_dtype(dtype)

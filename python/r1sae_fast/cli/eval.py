@@ -43,6 +43,10 @@ def evaluate(
         Path | None,
         typer.Option(help="Activation shards to measure on; best not those trained on."),
     ] = None,
+    targets: Annotated[
+        Path | None,
+        typer.Option(help="Of transcoders: shards of the same tokens that they are to make."),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +125,8 @@ def evaluate(
 
     folders = [path for path in saes if path.suffix != ".json"]
     earlier = [one for path in saes if path.suffix == ".json" for one in read_report(path)["saes"]]
+    if targets is not None and shards is None:
+        raise ValueError("--targets are made of --shards FOLDER; give both")
     if folders and shards is None and model is None:
         raise ValueError(
             "nothing to evaluate on: give --shards FOLDER for figures on activations, "
@@ -134,7 +140,7 @@ def evaluate(
     entries: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     if folders:
-        run = _Run(folders, device, cast("Mode | None", mode), shards, norm_limit)
+        run = _Run(folders, device, cast("Mode | None", mode), (shards, targets), norm_limit)
         if shards is not None:
             run.on_activations(batch_rows, max_rows)
         if model is not None:
@@ -167,21 +173,25 @@ class _Run:
         folders: "list[Path]",
         device: str,
         mode: "Mode | None",
-        shards: Path | None,
+        data: tuple[Path | None, Path | None],
         norm_limit: float | None,
     ) -> None:
         from r1sae_fast.evals.reconstruction import find_norm_limit
         from r1sae_fast.sae import FastSAE
-        from r1sae_fast.shards import ActivationShards
+        from r1sae_fast.shards import ActivationShards, PairedShards
 
+        shards, targets = data
         self.names = [str(folder) for folder in folders]
         self.saes: list[FastSAE] = [FastSAE.load(folder, device=device) for folder in folders]
         self.mode = mode
-        self.shards: ActivationShards | None = None
+        self.shards: ActivationShards | PairedShards | None = None
         self.settings: dict[str, Any] = {"mode": mode}
         if shards is not None:
             self.shards = ActivationShards(shards)
             self.settings["shards"] = str(shards)
+            if targets is not None:
+                self.shards = PairedShards(self.shards, targets)
+                self.settings["targets"] = str(targets)
             self.settings["shards_fingerprint"] = self.shards.fingerprint
         if norm_limit is None and self.shards is not None:
             norm_limit = min(find_norm_limit(sae, self.shards) for sae in self.saes)

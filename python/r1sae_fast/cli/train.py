@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +13,9 @@ import typer
 
 if TYPE_CHECKING:
     from r1sae_fast.sae import FastSAE
-    from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import EngineRows, TrainConfig
+    from r1sae_fast.train import TrainFile
     from r1sae_fast.train.parallel.layout import Layout
+    from r1sae_fast.train.standardise import Source
 
 
 def train(
@@ -51,6 +53,17 @@ def train(
     tied: Annotated[
         bool, typer.Option("--tied", help="One matrix encodes and decodes, as in R1's SAEs.")
     ] = False,
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            help="Train a transcoder: shards of the same tokens at another point, which it makes "
+            "of the first ones."
+        ),
+    ] = None,
+    skip_connection: Annotated[
+        bool,
+        typer.Option("--skip-connection", help="A transcoder with a matrix past its features."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Rows of a step.")] = 4096,
     learning_rate: Annotated[
         float | None, typer.Option(help="Adam's peak; default by d_sae and number of steps.")
@@ -84,10 +97,16 @@ def train(
 
     A stopped run goes on when the same command is run again, and ends in the same SAE.
     """
-    from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import TrainConfig, read_train_file, train_sweep
+    from r1sae_fast.train import SweepResult, TrainConfig, read_train_file, train_sweep
     from r1sae_fast.train import train as run
     from r1sae_fast.train.loggers import logging_to
+    from r1sae_fast.train.parallel.run import (
+        is_first,
+        is_launched,
+        own_device,
+        sweep_in_parallel,
+        train_in_parallel,
+    )
 
     settings: dict[str, Any] = {
         "d_sae": d_sae,
@@ -96,6 +115,7 @@ def train(
         "sparsity_loss": sparsity_loss,
         "sparsity_coefficient": sparsity_coefficient,
         "tied": tied,
+        "skip_connection": skip_connection,
         "tokens": tokens,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
@@ -112,8 +132,11 @@ def train(
         }
         if out is not None:
             overrides["out"] = str(out)
+        if targets is not None:
+            # As the command line means it, not relative to the file.
+            overrides["targets"] = str(targets.absolute())
         file = read_train_file(shards, overrides)
-        config, out, layout = file.config, file.out, file.layout
+        config, out, layout, targets = file.config, file.out, file.layout, file.targets
         log = [*log, *(name for name in file.log if name not in log)]
         device = device if file.device is None else file.device
         if file.checkpoint_seconds is not None:
@@ -126,50 +149,60 @@ def train(
             settings["k"] = 16
         config = TrainConfig(**settings)
     how: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
-    many = in_processes(layout, processes, config.d_sae)
     sweep = None if file is None else file.sweep
-    if many is not None and (sweep or log or (file is not None and file.data)):
-        raise ValueError(
-            "a sweep, rows straight from an engine, and loggers are for one process; leave out "
-            "--processes and [parallel], or train SAEs one by one from shards"
-        )
-    activations: ActivationShards | EngineRows
-    if file is None:
-        activations = ActivationShards(shards)
-    elif file.data is not None:
-        activations = file.data.open(file.folder, device)
-    else:
-        assert file.shards is not None
-        activations = ActivationShards(file.shards)
-    if many is not None:
-        assert isinstance(activations, ActivationShards)
-        sae = train_as_one_of_many(activations, out, config, many, how)
-        if sae is not None:
-            tell(sae, out, activations, evaluate_rows)
+    narrowest = min(one.d_sae for one in (sweep or {"": config}).values())
+    many = in_processes(layout, processes, narrowest)
+    if many is not None and not is_launched():
+        if file is None or file.data is None:
+            # What is wrong with them is said once, and not by every process.
+            opened(file, shards, targets, device)
+        start_all(many)
         return
-    settings_of = {name: one.to_dict() for name, one in (sweep or {"": config}).items()}
-    with logging_to(log, out, settings_of) as teller:
-        if sweep is None:
-            to_log = None if teller is None else functools.partial(teller, "")
-            sae = run(activations, out, config, **how, on_metrics=to_log)
-            tell(sae, out, activations, evaluate_rows)
-            return
-        results = train_sweep(activations, out, sweep, **how, on_metrics=teller)
-    for result in results:
-        if result.sae is None:
-            typer.echo(f"{result.folder}: {result.error}", err=True)
+    activations = opened(file, shards, targets, device if many is None else str(own_device(device)))
+    configs = sweep or {"": config}
+    results: list[SweepResult]
+    with (
+        ending_lost(),
+        logging_to(
+            log if many is None or is_first() else [],
+            out,
+            {name: one.to_dict() for name, one in configs.items()},
+        ) as teller,
+    ):
+        if sweep is not None and many is not None:
+            results = sweep_in_parallel(activations, out, sweep, many, **how, on_metrics=teller)
+        elif sweep is not None:
+            results = train_sweep(activations, out, sweep, **how, on_metrics=teller)
         else:
+            how["on_metrics"] = None if teller is None else functools.partial(teller, "")
+            if many is None:
+                results = [SweepResult("", out, run(activations, out, config, **how), None)]
+            else:
+                sae = train_in_parallel(activations, out, config, many, **how)
+                results = [SweepResult("", out, sae, None)]
+    for result in results:
+        if result.error is not None and (many is None or is_first()):
+            typer.echo(f"{result.folder}: {result.error}", err=True)
+        elif result.sae is not None:
             tell(result.sae, result.folder, activations, evaluate_rows)
-    if any(result.sae is None for result in results):
+    if any(result.error is not None for result in results):
         raise typer.Exit(1)
 
 
-def tell(
-    sae: FastSAE, out: Path, activations: ActivationShards | EngineRows, evaluate_rows: int
-) -> None:
+def opened(file: TrainFile | None, shards: Path, targets: Path | None, device: str) -> Source:
+    """What the run is trained on."""
+    from r1sae_fast.shards import ActivationShards, PairedShards
+
+    if file is not None and file.data is not None:
+        return file.data.open(file.folder, device)
+    folder = shards if file is None or file.shards is None else file.shards
+    inputs = ActivationShards(folder)
+    return inputs if targets is None else PairedShards(inputs, targets)
+
+
+def tell(sae: FastSAE, out: Path, activations: Source, evaluate_rows: int) -> None:
     """What was trained, where its time went, and how good it is."""
-    from r1sae_fast.shards import ActivationShards
-    from r1sae_fast.train import evaluate, metrics
+    from r1sae_fast.train import EngineRows, evaluate, metrics
 
     typer.echo(
         f"{out}: d_in {sae.d_in}, d_sae {sae.d_sae}, k {sae.k}, {sae.mode}; trained on "
@@ -182,7 +215,7 @@ def tell(
         parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items())
         typer.echo(f"time: {parts}, other {rest:.1%}")
     # An engine's rows are gone.
-    if evaluate_rows > 0 and isinstance(activations, ActivationShards):
+    if evaluate_rows > 0 and not isinstance(activations, EngineRows):
         found = evaluate(sae, activations, max_rows=evaluate_rows)
         typer.echo(
             f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "
@@ -210,27 +243,30 @@ def in_processes(layout: Layout | None, processes: int | None, d_sae: int) -> La
     return layout if count > 1 or is_launched() else None
 
 
-def train_as_one_of_many(
-    shards: ActivationShards, out: Path, config: TrainConfig, layout: Layout, how: dict[str, Any]
-) -> FastSAE | None:
-    """One rank's part of a run; in a process that no launcher has started, that of the launcher.
+def start_all(layout: Layout) -> None:
+    """Runs this very command in as many processes as the layout has, and waits for them.
 
-    Returns:
-        The SAE in one process, which goes on with it; None in all others.
+    Raises:
+        Exit: they were told to stop, and have saved.
+        LostRankError: one of them failed.
     """
-    from r1sae_fast.errors import LostRankError
-    from r1sae_fast.train.parallel.launch import LOST, launch
-    from r1sae_fast.train.parallel.run import is_launched, train_in_parallel
+    from r1sae_fast.train.parallel.launch import launch
 
-    if not is_launched():
-        status = launch(
-            ["-m", "r1sae_fast.cli", *sys.argv[1:]], layout.processes, layout.timeout_seconds
-        )
-        if status:
-            raise typer.Exit(status)
-        return None
+    status = launch(
+        ["-m", "r1sae_fast.cli", *sys.argv[1:]], layout.processes, layout.timeout_seconds
+    )
+    if status:
+        raise typer.Exit(status)
+
+
+@contextmanager
+def ending_lost() -> Iterator[None]:
+    """A rank that lost another one ends with a status that says so."""
+    from r1sae_fast.errors import LostRankError
+    from r1sae_fast.train.parallel.launch import LOST
+
     try:
-        return train_in_parallel(shards, out, config, layout, **how)
+        yield
     except LostRankError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(LOST) from None

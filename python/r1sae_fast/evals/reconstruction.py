@@ -15,7 +15,7 @@ from r1sae_fast.evals.sums import SEGMENTS, Sums, segment_places
 from r1sae_fast.progress import progress_bar
 from r1sae_fast.r1.taps.selection import selecting
 from r1sae_fast.sae import FastSAE, Mode
-from r1sae_fast.shards import ActivationBatch, ActivationShards
+from r1sae_fast.shards import ActivationBatch, ActivationShards, PairedBatch, PairedShards
 
 __all__ = ["OUTLIER_FACTOR", "evaluate_reconstruction", "find_norm_limit"]
 
@@ -27,7 +27,7 @@ _SAMPLE_ROWS = 16384
 @torch.no_grad()
 def evaluate_reconstruction(
     sae: FastSAE,
-    shards: ActivationShards | str | os.PathLike[str],
+    shards: ActivationShards | PairedShards | str | os.PathLike[str],
     *,
     mode: Mode | None = None,
     batch_rows: int = 4096,
@@ -43,7 +43,8 @@ def evaluate_reconstruction(
 
     Args:
         sae: on any device; left as it was.
-        shards: what to measure on; best rows that were not trained on.
+        shards: what to measure on; best rows that were not trained on. For a transcoder
+            :class:`~r1sae_fast.shards.PairedShards`: all figures are then relative to the targets.
         mode: how codes are chosen; default the SAE's own, but "threshold" instead of "batch_topk"
             where it is calibrated.
         batch_rows: rows at a time; in mode "batch_topk" this has a say in the codes.
@@ -58,8 +59,9 @@ def evaluate_reconstruction(
             argument out of range.
         NonFiniteError: the SAE's own weights hold NaN or infinities.
     """
-    if not isinstance(shards, ActivationShards):
+    if not isinstance(shards, (ActivationShards, PairedShards)):
         shards = ActivationShards(shards)
+    require_kind(sae, isinstance(shards, PairedShards))
     if shards.d_in != sae.d_in:
         raise ValueError(
             f"{shards.folder}: the shards have d_in = {shards.d_in}, the SAE {sae.d_in}; "
@@ -77,6 +79,7 @@ def evaluate_reconstruction(
         raise ValueError(f"{shards.folder}: no rows to evaluate on; harvest some first")
     limit = find_norm_limit(sae, shards) if norm_limit is None else check_norm_limit(norm_limit)
     total = len(shards) if max_rows is None else min(max_rows, len(shards))
+    aim_limit = math.inf if limit == math.inf else _target_limit(sae, shards)
     sums = Sums(sae.d_in, sae.d_sae, sae.device)
     outliers = non_finite = seen = 0
     with (
@@ -87,16 +90,22 @@ def evaluate_reconstruction(
             finite, norms = norms_of(batch.activations[: total - seen])
             seen += norms.shape[0]
             keep = finite & (norms <= limit)
+            aims = batch.targets[: keep.shape[0]] if isinstance(batch, PairedBatch) else None
+            if aims is not None:
+                also, norms = norms_of(aims)
+                finite = finite & also
+                keep &= also & (norms <= aim_limit)
             non_finite += int((~finite).sum())
             outliers += int((finite & ~keep).sum())
             x = batch.activations[: keep.shape[0]]
             places = segment_places(batch.segment[: keep.shape[0]])
             if not bool(keep.all()):
                 x, places = x[keep], places[keep]
+                aims = None if aims is None else aims[keep]
             if x.shape[0]:
                 x = x.to(sae.device)
                 reconstruction, codes = sae(x)
-                sums.add(x, reconstruction, codes, places)
+                sums.add(x if aims is None else aims.to(sae.device), reconstruction, codes, places)
             shown(seen)
     if sums.rows == 0:
         raise ValueError(
@@ -114,7 +123,25 @@ def evaluate_reconstruction(
     )
 
 
-def find_norm_limit(sae: FastSAE, shards: ActivationShards | None) -> float:
+def require_kind(sae: FastSAE, paired: bool) -> None:
+    """Raises ValueError for a transcoder without targets, or targets without one."""
+    if sae.transcoder and not paired:
+        raise ValueError(
+            "this is a transcoder, which makes another activation of what it reads; give pairs "
+            "(PairedShards(inputs, targets); on the command line --targets FOLDER)"
+        )
+    if paired and not sae.transcoder:
+        raise ValueError("there are targets, but this SAE is no transcoder; leave them out")
+
+
+def _target_limit(sae: FastSAE, shards: ActivationShards | PairedShards) -> float:
+    if not isinstance(shards, PairedShards):
+        return math.inf
+    told = sae.metadata.get("target_norm_limit")
+    return _sampled_limit(shards.targets) if told is None else float(told)
+
+
+def find_norm_limit(sae: FastSAE, shards: ActivationShards | PairedShards | None) -> float:
     """The norm above which rows are left out: what training left out, as the SAE's metadata tell;
     else 10 times the median norm of a sample of ``shards``; else (None) infinite."""
     told = sae.metadata.get("norm_limit")
@@ -122,6 +149,10 @@ def find_norm_limit(sae: FastSAE, shards: ActivationShards | None) -> float:
         return float(told)
     if shards is None or len(shards) == 0:
         return math.inf
+    return _sampled_limit(shards)
+
+
+def _sampled_limit(shards: ActivationShards | PairedShards) -> float:
     rows = max(1, min(len(shards), _SAMPLE_ROWS, _SAMPLE_NUMBERS // shards.d_in))
     finite, norms = norms_of(next(iter(shards.loader(rows, shuffle=True, prefetch=0))).activations)
     return float(norms[finite].median()) * OUTLIER_FACTOR if bool(finite.any()) else math.inf
@@ -144,7 +175,9 @@ def norms_of(rows: Tensor) -> tuple[Tensor, Tensor]:
     return finite, norms
 
 
-def _batches(shards: ActivationShards, batch_rows: int, total: int) -> Iterator[ActivationBatch]:
+def _batches(
+    shards: ActivationShards | PairedShards, batch_rows: int, total: int
+) -> Iterator[ActivationBatch]:
     """Batches until ``total`` rows are reached; the last may hold more."""
     seen = 0
     for batch in shards.loader(min(batch_rows, total), shuffle=total < len(shards)):

@@ -49,6 +49,7 @@ def entry(
         "d_sae": sae.d_sae,
         "k": sae.k,
         "tied": sae.tied,
+        "transcoder": sae.transcoder,
         "dtype": str(sae.dtype).removeprefix("torch."),
         **{
             key: None if part is None else _plain(part.to_json())

@@ -34,6 +34,11 @@ def attached_modes(saes: Sequence[FastSAE], engine: TappedEngine, mode: Mode | N
 
 
 def _attached_mode(sae: FastSAE, engine: TappedEngine, mode: Mode | None, name: str) -> Mode:
+    if sae.transcoder:
+        raise ValueError(
+            f"{name}this is a transcoder, which does not make the residual stream again that it "
+            "reads; inside a model only autoencoders are evaluated: give --shards and --targets"
+        )
     if sae.d_in != engine.hidden_size:
         raise ValueError(
             f"{name}the SAE has d_in {sae.d_in}, the model {engine.name} a residual stream of "

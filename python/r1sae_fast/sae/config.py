@@ -15,7 +15,8 @@ Mode = Literal["topk", "batch_topk", "threshold"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 FORMAT = "r1sae-sae"
-VERSION = 1
+# Of version 2 are transcoders, which readers of version 1 would take for autoencoders.
+VERSIONS = (1, 2)
 _INT32_MAX = 2**31 - 1
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,6 +48,10 @@ class SaeConfig:
     """How pre-activations become codes."""
     tied: bool = False
     """Whether W_enc is W_dec transposed (one storage)."""
+    transcoder: bool = False
+    """Whether it makes another activation of what it reads, and not that again."""
+    skip_connection: bool = False
+    """Whether a transcoder has W_skip, ``[d_in, d_in]``."""
 
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae", "k"):
@@ -61,12 +66,20 @@ class SaeConfig:
             raise ValueError(f"k is {self.k}; expected 0 to d_sae = {self.d_sae}")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
-        if not isinstance(self.tied, bool):
-            raise TypeError(f"tied is {self.tied!r}; expected a bool")
+        for name in ("tied", "transcoder", "skip_connection"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected a bool")
+        if self.transcoder and self.tied:
+            raise ValueError("tied and transcoder are True; a transcoder's matrices are two")
+        if self.skip_connection and not self.transcoder:
+            raise ValueError("skip_connection is True; expected transcoder to be True as well")
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in ``config.json``."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        data = {"format": FORMAT, "version": 2 if self.transcoder else 1, **asdict(self)}
+        if not self.transcoder:  # as readers of version 1 know it
+            del data["transcoder"], data["skip_connection"]
+        return data
 
     @classmethod
     def from_json(cls, data: object, where: str) -> SaeConfig:
@@ -82,13 +95,19 @@ class SaeConfig:
                 f'{where} is not the config of an SAE: found format {found!r}, expected "{FORMAT}"'
             )
         version = data.get("version")
-        if version != VERSION:
+        if version not in VERSIONS:
             raise CheckpointError(
-                f"{where} has version {version!r}; this release reads version {VERSION}, "
-                "so a newer r1sae-fast may be needed"
+                f"{where} has version {version!r}; this release reads versions up to "
+                f"{max(VERSIONS)}, so a newer r1sae-fast may be needed"
             )
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in data]
+        # Version 1 had no transcoders.
+        later = ("transcoder", "skip_connection")
+        names = [field.name for field in fields(cls) if field.name in data]
+        missing = [
+            field.name
+            for field in fields(cls)
+            if field.name not in data and (field.name not in later or version > 1)
+        ]
         if missing:
             raise CheckpointError(f"{where} lacks {', '.join(missing)}")
         try:

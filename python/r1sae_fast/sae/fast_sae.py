@@ -1,12 +1,14 @@
 """FastSAE: a sparse autoencoder whose codes stay sparse.
 
 ``pre_activations = x @ W_enc + b_enc`` (``b_dec`` is not subtracted, as in Goodfire's release),
-``codes = select(relu(pre_activations))``, ``reconstruction = codes @ W_dec + b_dec``.
+``codes = select(relu(pre_activations))``, ``reconstruction = codes @ W_dec + b_dec``; a transcoder
+makes another activation that way, with a skip connection ``+ x @ W_skip.T``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -36,6 +38,8 @@ class FastSAE(nn.Module):
             the number that :meth:`calibrate_threshold` aims at (threshold).
         mode: ``"topk"``, ``"batch_topk"`` or ``"threshold"``; may be changed later, as may k.
         tied: W_enc is W_dec transposed, one storage.
+        transcoder: it makes another activation of the same token, not x again.
+        skip_connection: of a transcoder: it has W_skip.
         check_finite: refuse x that holds NaN or infinities, naming the row.
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
 
@@ -44,6 +48,8 @@ class FastSAE(nn.Module):
         W_enc: ``[d_in, d_sae]``; a parameter (at first W_dec transposed), or a view of W_dec where
             tied. In memory it is feature-major: column f is contiguous.
         b_enc, b_dec: parameters ``[d_sae]`` and ``[d_in]``, at first zero.
+        W_skip: parameter ``[d_in, d_in]`` (of output numbers by input numbers), at first zero; None
+            without a skip connection.
         threshold: buffer, float32, ``[]`` or ``[d_sae]``: in mode threshold the codes are what
             exceeds it. Negative: not calibrated yet.
         sparse_grad: where True, a backward pass leaves the gradients of W_enc and W_dec at
@@ -68,6 +74,7 @@ class FastSAE(nn.Module):
     W_dec: nn.Parameter
     b_enc: nn.Parameter
     b_dec: nn.Parameter
+    W_skip: nn.Parameter | None
     threshold: Tensor
     screen: ops.ScreenKind
     decoder_copy: torch.dtype | None
@@ -80,12 +87,14 @@ class FastSAE(nn.Module):
         mode: Mode = "batch_topk",
         *,
         tied: bool = False,
+        transcoder: bool = False,
+        skip_connection: bool = False,
         check_finite: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        config = SaeConfig(d_in, d_sae, k, mode, tied)
+        config = SaeConfig(d_in, d_sae, k, mode, tied, transcoder, skip_connection)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         check_dtype(dtype)
 
@@ -93,7 +102,8 @@ class FastSAE(nn.Module):
             return empty_weights(*shape, device=device, dtype=dtype)
 
         encoder = None if tied else empty(d_sae, d_in).T
-        self._set_up(config, empty(d_sae, d_in), empty(d_sae), empty(d_in), encoder, None)
+        skip = empty(d_in, d_in) if skip_connection else None
+        self._set_up(config, empty(d_sae, d_in), empty(d_sae), empty(d_in), encoder, None, skip)
         self.check_finite = check_finite
         self.reset_parameters()
 
@@ -106,6 +116,7 @@ class FastSAE(nn.Module):
         b_dec: Tensor,
         W_enc: Tensor | None = None,
         threshold: Tensor | None = None,
+        W_skip: Tensor | None = None,
     ) -> FastSAE:
         """An SAE around these very tensors: no copy, no random numbers.
 
@@ -115,6 +126,7 @@ class FastSAE(nn.Module):
             W_enc: ``[d_in, d_sae]``, unless tied; best feature-major (the transpose of a
                 contiguous tensor).
             threshold: ``[]`` or ``[d_sae]``; default not calibrated.
+            W_skip: ``[d_in, d_in]``, where there is a skip connection.
 
         Raises:
             TypeError: a dtype that no SAE has.
@@ -128,13 +140,19 @@ class FastSAE(nn.Module):
             "b_dec": (b_dec, [(d_in,)]),
             "W_enc": (W_enc, [] if config.tied else [(d_in, d_sae)]),
             "threshold": (threshold, [(), (d_sae,)]),
+            "W_skip": (W_skip, [(d_in, d_in)] if config.skip_connection else []),
         }
         for name, (tensor, shapes) in expected.items():
             if tensor is None:
                 if name == "W_enc" and not config.tied:
                     raise ValueError("W_enc is missing; an SAE that isn't tied needs it")
+                if name == "W_skip" and config.skip_connection:
+                    raise ValueError("W_skip is missing; the config has a skip connection")
             elif tuple(tensor.shape) not in shapes:
-                wanted = " or ".join(map(str, shapes)) or "none, as it is tied"
+                wanted = (
+                    " or ".join(map(str, shapes))
+                    or f"none, as it {'is tied' if name == 'W_enc' else 'has no skip connection'}"
+                )
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
             elif name != "threshold" and (tensor.dtype, tensor.device) != (
                 W_dec.dtype,
@@ -146,7 +164,7 @@ class FastSAE(nn.Module):
                 )
         sae = cls.__new__(cls)
         nn.Module.__init__(sae)
-        sae._set_up(config, W_dec, b_enc, b_dec, W_enc, threshold)
+        sae._set_up(config, W_dec, b_enc, b_dec, W_enc, threshold, W_skip)
         return sae
 
     def _set_up(
@@ -157,6 +175,7 @@ class FastSAE(nn.Module):
         b_dec: Tensor,
         W_enc: Tensor | None,
         threshold: Tensor | None,
+        W_skip: Tensor | None,
     ) -> None:
         self._config = config
         self.check_finite = True
@@ -174,6 +193,7 @@ class FastSAE(nn.Module):
             self.W_enc = nn.Parameter(W_enc)
         self.b_enc = nn.Parameter(b_enc)
         self.b_dec = nn.Parameter(b_dec)
+        self.register_parameter("W_skip", None if W_skip is None else nn.Parameter(W_skip))
 
     def reset_parameters(self) -> None:
         """Random unit rows of W_dec (torch's global generator), W_enc its transpose, no biases."""
@@ -184,6 +204,8 @@ class FastSAE(nn.Module):
                 self.W_enc.copy_(self.W_dec.T)
             self.b_enc.zero_()
             self.b_dec.zero_()
+            if self.W_skip is not None:
+                self.W_skip.zero_()
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -208,13 +230,18 @@ class FastSAE(nn.Module):
         return self._config.tied
 
     @property
+    def transcoder(self) -> bool:
+        """Whether it makes another activation than it reads."""
+        return self._config.transcoder
+
+    @property
     def k(self) -> int:
         """Codes a row; see the class."""
         return self._config.k
 
     @k.setter
     def k(self, k: int) -> None:
-        self._config = SaeConfig(self.d_in, self.d_sae, k, self.mode, self.tied)
+        self._config = replace(self._config, k=k)
 
     @property
     def mode(self) -> Mode:
@@ -223,7 +250,7 @@ class FastSAE(nn.Module):
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
-        self._config = SaeConfig(self.d_in, self.d_sae, self.k, mode, self.tied)
+        self._config = replace(self._config, mode=mode)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,7 +266,13 @@ class FastSAE(nn.Module):
         config = self._config
         return (
             f"d_in={config.d_in}, d_sae={config.d_sae}, k={config.k}, mode={config.mode!r}, "
-            f"tied={config.tied}, dtype={self.dtype}, device={str(self.device)!r}"
+            f"tied={config.tied}, "
+            + "".join(
+                f"{name}=True, "
+                for name in ("transcoder", "skip_connection")
+                if getattr(config, name)
+            )
+            + f"dtype={self.dtype}, device={str(self.device)!r}"
         )
 
     # -- what it does -------------------------------------------------------------------------
@@ -281,7 +314,8 @@ class FastSAE(nn.Module):
         return self.encode_sparse(x).to_dense()
 
     def decode(self, codes: SparseCodes | Tensor) -> Tensor:
-        """``codes @ W_dec + b_dec``, ``[..., d_in]``; codes are cast to the parameters' dtype.
+        """``codes @ W_dec + b_dec``, ``[..., d_in]`` (without a skip connection's part, which codes
+        don't tell: that is :meth:`forward`'s); codes are cast to the parameters' dtype.
 
         Args:
             codes: SparseCodes, or a dense tensor ``[..., d_sae]``.
@@ -303,7 +337,10 @@ class FastSAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, SparseCodes]:
         """``(reconstruction [..., d_in], codes)``."""
         codes = self.encode_sparse(x)
-        return self.decode(codes), codes
+        reconstruction = self.decode(codes)
+        if self.W_skip is not None:
+            reconstruction = reconstruction + x.to(self.dtype) @ self.W_skip.T
+        return reconstruction, codes
 
     @torch.no_grad()
     def calibrate_threshold(self, batches: Tensor | Iterable[Tensor]) -> float:

@@ -11,6 +11,7 @@ from r1sae_fast.shards.codes import CodeBatch, CodeShards, CodeWriter
 from r1sae_fast.shards.columns import PROMPT, RESPONSE, THINKING, UNKNOWN
 from r1sae_fast.shards.loader import ShardLoader
 from r1sae_fast.shards.manifest import ManifestWarning
+from r1sae_fast.shards.pairs import PairedBatch, PairedShards
 
 __all__ = [
     "PROMPT",
@@ -24,5 +25,7 @@ __all__ = [
     "CodeShards",
     "CodeWriter",
     "ManifestWarning",
+    "PairedBatch",
+    "PairedShards",
     "ShardLoader",
 ]

@@ -21,6 +21,7 @@ from r1sae_fast import _core
 
 if TYPE_CHECKING:
     from r1sae_fast.shards.activations import ActivationBatch, ActivationShards
+    from r1sae_fast.shards.pairs import PairedShards
 
 _U64 = 2**64
 # Smaller batches are in memory quicker than a thread is told to fetch them.
@@ -36,7 +37,8 @@ class Place(NamedTuple):
 
 
 class ShardLoader:
-    """Iterates over the rows of an :class:`ActivationShards` in batches, each row once an epoch.
+    """Iterates over the rows of :class:`ActivationShards` (or pairs) in batches, each row once an
+    epoch.
 
     One ``for`` loop runs through ``epochs`` epochs (``None``: without end), each in an order of its
     own; the next loop goes on with further epochs. A loop that is left early is continued by the
@@ -64,7 +66,7 @@ class ShardLoader:
 
     def __init__(
         self,
-        shards: ActivationShards,
+        shards: ActivationShards | PairedShards,
         batch_size: int,
         *,
         shuffle: bool = True,

@@ -25,9 +25,10 @@ from r1sae_fast.train.parallel import ALONE, Ranks
 FILE = "checkpoint.safetensors"
 # Version 2 knows of rows that sleep (r1sae_fast.optim.Adam); in version 1 none does.
 # Version 3 counts what the last step found.
-_FORMAT, _VERSION, _READABLE = "r1sae-train", 3, (1, 2, 3)
+# Version 4 has transcoders.
+_FORMAT, _VERSION, _READABLE = "r1sae-train", 4, (1, 2, 3, 4)
 _METADATA = "r1sae_train"
-_CENTRE = "standardisation.centre"
+_CENTRE, _TARGET_CENTRE = "standardisation.centre", "standardisation.target_centre"
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 _VECTORS = {"b_enc", "log_threshold"}
 _SPLIT = {"encoder", "decoder", *_VECTORS, "unfired_tokens"}
@@ -56,6 +57,9 @@ class Counters:
     threshold_weight: float = 0.0
     scale: float = 1.0
     norm_limit: float = 0.0
+    target_scale: float = 1.0
+    target_norm_limit: float = 0.0
+    """Of a transcoder."""
     l0: float = 0.0
     found: float = 0.0
     """See :class:`r1sae_fast.train.step.Learner`."""
@@ -70,6 +74,8 @@ class Checkpoint:
     loader: dict[str, Any]
     centre: Tensor
     tensors: dict[str, Tensor]
+    target_centre: Tensor | None = None
+    """Of a transcoder."""
 
     def write(self, folder: Path, ranks: Ranks = ALONE) -> None:
         """Replaces ``folder``'s checkpoint; the old one stays until the new one is on the disk.
@@ -84,10 +90,13 @@ class Checkpoint:
             "counters": vars(self.counters),
             "loader": self.loader,
         }
+        centres = {_CENTRE: self.centre}
+        if self.target_centre is not None:
+            centres[_TARGET_CENTRE] = self.target_centre
         # Long numbers first, so that all are aligned.
         tensors = dict(
             sorted(
-                (self.tensors | {_CENTRE: self.centre}).items(),
+                (self.tensors | centres).items(),
                 key=lambda named: (-named[1].dtype.itemsize, named[0]),
             )
         )
@@ -125,7 +134,7 @@ class Checkpoint:
                 start, stop = ranks.own(header["identity"]["d_sae"])
                 tensors = {}
                 for name in file.keys():  # noqa: SIM118
-                    if only is not None and name not in {*only, _CENTRE}:
+                    if only is not None and name not in {*only, _CENTRE, _TARGET_CENTRE}:
                         continue
                     # Cloned: what is read here is written to, and its file is replaced.
                     if lies_with_features(name):
@@ -133,9 +142,8 @@ class Checkpoint:
                     else:
                         tensors[name] = file.get_tensor(name).clone()
             counters = Counters(**header["counters"])
-            return cls(
-                header["identity"], counters, header["loader"], tensors.pop(_CENTRE), tensors
-            )
+            centre, aim = tensors.pop(_CENTRE), tensors.pop(_TARGET_CENTRE, None)
+            return cls(header["identity"], counters, header["loader"], centre, tensors, aim)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{path}: damaged ({error}); remove it to start this run anew"

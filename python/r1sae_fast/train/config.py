@@ -58,6 +58,8 @@ class TrainConfig:
         threshold_decay: of the moving average over steps of the smallest code kept, which becomes
             the SAE's threshold; default such that it looks back over the last twentieth of the
             run, from 10 to 1000 steps.
+        skip_connection: a transcoder (which reads one activation and makes another) also has a
+            matrix from its input straight to its output (arXiv:2501.18823).
         outlier_factor: rows whose norm exceeds the median by this factor (attention sinks, the
             first token) are left out, and counted.
         seed: of the initial weights and the order of rows.
@@ -88,6 +90,7 @@ class TrainConfig:
     k: int | None = None
     mode: str = "batch_topk"
     tied: bool = False
+    skip_connection: bool = False
     tokens: int = 10_000_000
     batch_size: int = 4096
     learning_rate: float | None = None
@@ -129,6 +132,9 @@ class TrainConfig:
             )
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; expected one of {', '.join(MODES)}")
+        for name in ("tied", "skip_connection"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} is {getattr(self, name)!r}; expected true or false")
         self._check_architecture()
         if self.adam not in ADAMS:
             raise ValueError(f"adam is {self.adam!r}; expected one of {', '.join(ADAMS)}")

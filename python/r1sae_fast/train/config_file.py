@@ -31,6 +31,8 @@ class TrainFile:
     """The first one, where there is a sweep."""
     shards: Path | None
     """None where an engine makes the rows."""
+    targets: Path | None
+    """Of a transcoder: activations that it makes of those."""
     out: Path
     device: str | None
     checkpoint_seconds: float | None
@@ -48,6 +50,7 @@ class TrainFile:
 _RUN: dict[str, tuple[type | tuple[type, ...], str]] = {
     "shards": (str, "a folder's name"),
     "out": (str, "a folder's name"),
+    "targets": (str, "a folder's name"),
     "device": (str, 'a device, such as "cuda"'),
     "checkpoint_seconds": ((int, float), "a number"),
     "evaluate_rows": (int, "an int"),
@@ -58,11 +61,18 @@ _RUN: dict[str, tuple[type | tuple[type, ...], str]] = {
 }
 
 
+_KINDS = {
+    "tied": "has both tied and targets; a transcoder's encoder and decoder can't be one matrix",
+    "skip_connection": "has skip_connection without targets; it is for transcoders alone",
+}
+
+
 def read_train_file(path: Path, overrides: dict[str, Any] | None = None) -> TrainFile:
     """Reads a run's file.
 
-    Its keys are the fields of :class:`TrainConfig`, and ``shards``, ``out`` (folders, relative to
-    the file's own), ``device``, ``checkpoint_seconds`` and ``evaluate_rows``; and a table
+    Its keys are the fields of :class:`TrainConfig`, and ``shards``, ``targets`` (of a transcoder),
+    ``out`` (folders, relative to the file's own),
+    ``device``, ``checkpoint_seconds`` and ``evaluate_rows``; and a table
     ``[parallel]`` with the fields of :class:`~r1sae_fast.train.parallel.Layout`. In place of
     ``shards`` a table ``[data]`` may say which engine makes the rows
     (:class:`~r1sae_fast.train.engine_settings.EngineSettings`). A table ``[sweep]`` has lists of
@@ -95,6 +105,15 @@ def read_train_file(path: Path, overrides: dict[str, Any] | None = None) -> Trai
             raise TypeError(f"{path}: {key} is {value!r}; expected {said}")
     if "shards" in values and "data" in values:
         raise ValueError(f"{path}: has both shards and [data]; expected one of them")
+    if "targets" in values and "data" in values:
+        raise ValueError(
+            f"{path}: has both targets and [data]; a transcoder is trained from shards of both "
+            "points: give shards in place of [data]"
+        )
+    for key in ("tied", "skip_connection"):
+        # Said here, before a model or shards are opened.
+        if values.get(key) is True and ("targets" in values) != (key == "skip_connection"):
+            raise ValueError(f"{path}: {_KINDS[key]}")
     grid = values.get("sweep", {})
     # All combinations have values of these: which one checks the rest doesn't matter.
     values |= {name: of[0] for name, of in grid.items() if isinstance(of, list) and of}
@@ -112,6 +131,7 @@ def read_train_file(path: Path, overrides: dict[str, Any] | None = None) -> Trai
     return TrainFile(
         config,
         shards=None if "data" in values else path.parent / values["shards"],
+        targets=path.parent / values["targets"] if "targets" in values else None,
         out=beside / values["out"],
         device=values.get("device"),
         checkpoint_seconds=values.get("checkpoint_seconds"),

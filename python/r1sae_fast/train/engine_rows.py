@@ -16,6 +16,7 @@ from r1sae_fast.r1.engines.base import Engine
 from r1sae_fast.r1.sampling import Sampling
 from r1sae_fast.shards import ActivationBatch
 from r1sae_fast.train.mixing import MixingLoader
+from r1sae_fast.train.parallel.ranks import ALONE, Ranks
 
 __all__ = ["EngineRows"]
 
@@ -79,6 +80,8 @@ class EngineRows:
             )
         self.engine, self.layer = engine, layer
         self.buffer_rows, self.batch_size = buffer_rows, batch_size
+        self.ranks: Ranks = ALONE
+        """The processes that share the texts out; see :meth:`share`."""
         self._first: MixingLoader | None = None
         self._given_away = False
 
@@ -100,6 +103,22 @@ class EngineRows:
         """16 hex digits of :attr:`metadata`; the texts are told apart as they are read."""
         text = json.dumps(self.metadata, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def share(self, ranks: Ranks) -> None:
+        """Has each of the ``ranks`` run its share of the texts, and all of them have all rows.
+
+        Each has an engine and these texts, and makes the same calls. What runs with what is as in
+        one process, and so are rows and order.
+        """
+        if ranks is not self.ranks:
+            self.ranks, self._first = ranks, None
+
+    @property
+    def texts_checksum(self) -> str:
+        """Of a file of texts; empty where they come from elsewhere."""
+        if not self.folder.is_file():
+            return ""
+        return hashlib.sha256(self.folder.read_bytes()).hexdigest()[:16]
 
     def sequences(self) -> Iterator[tuple[Item, HarvestSequence]]:
         """The texts from the first, and what the model reads of each."""
@@ -132,8 +151,9 @@ class EngineRows:
         """
         if not shuffle or part != (0, 1):
             raise ValueError(
-                "rows of an engine come shuffled, and to one process; harvest shards for "
-                f"{'an order' if not shuffle else 'several processes'} of your own"
+                "rows of an engine come shuffled, and whole to every process (share() has them run "
+                f"the texts together); harvest shards for {'parts' if shuffle else 'an order'} of "
+                "your own"
             )
         del pin_memory  # batches are new memory each: nothing would be gained
         loader = self._first

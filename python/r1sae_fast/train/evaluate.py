@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from r1sae_fast.sae import FastSAE
-from r1sae_fast.shards import ActivationShards
+from r1sae_fast.shards import ActivationShards, PairedShards
 
 if TYPE_CHECKING:
     from r1sae_fast.evals import Reconstruction
@@ -16,7 +16,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     sae: FastSAE,
-    shards: ActivationShards | str | os.PathLike[str],
+    shards: ActivationShards | PairedShards | str | os.PathLike[str],
     *,
     batch_rows: int = 4096,
     max_rows: int | None = None,

@@ -1,4 +1,13 @@
-"""What was trained as a :class:`FastSAE` for raw activations."""
+"""What was trained as a :class:`FastSAE` for raw activations.
+
+What standardisation is folded into is told in :mod:`r1sae_fast.train.standardise`. For a transcoder
+x' = s (x - c) and the target's y' = t (y - a), so with r = s / t
+
+    y' = relu(x' E + e) D + d + x' K.T
+    y = relu(x (r E) + e / t - c (r E)) D + (d / t + a - c (r K).T) + x (r K).T
+
+hence ``W_enc = r E``, ``W_dec = D``, ``W_skip = r K``; codes and threshold are in the units of y.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +17,7 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.sae import FastSAE, Mode
+from r1sae_fast.train.losses import transcoder
 from r1sae_fast.train.standardise import Standardisation
 from r1sae_fast.train.step import Learner
 
@@ -20,9 +30,10 @@ _ENCODES = {"matryoshka": "batch_topk", "jumprelu": "threshold", "relu": "thresh
 def thresholds(learner: Learner, parameters: dict[str, Tensor], by: Standardisation) -> Tensor:
     """Of the SAE, ``[]``, or one for each of the parameters' features, in the units of raw codes;
     0 before the first step."""
+    scale = (by.target or by).scale
     if "log_threshold" in parameters:
-        return parameters["log_threshold"].detach().cpu().exp() / by.scale
-    return torch.tensor((learner.mean_threshold or 0.0) / by.scale)
+        return parameters["log_threshold"].detach().cpu().exp() / scale
+    return torch.tensor((learner.mean_threshold or 0.0) / scale)
 
 
 def as_sae(learner: Learner, weights: dict[str, Tensor], by: Standardisation) -> FastSAE:
@@ -33,14 +44,18 @@ def as_sae(learner: Learner, weights: dict[str, Tensor], by: Standardisation) ->
         weights: its parameters, of all features, on the CPU.
         by: what the rows it was trained on were standardised by.
     """
-    config, scale, centre = learner.config, by.scale, by.centre
-    encoder = weights["encoder"]
+    config, aim = learner.config, by.target or by
+    encoder, skip = weights["encoder"], weights.get(transcoder.SKIP)
+    if by.target is not None:
+        encoder = encoder * (by.scale / aim.scale)
     sae = FastSAE(
         learner.d_in,
         config.d_sae,
         _k(learner),
         cast(Mode, _ENCODES.get(config.mode, config.mode)),
         tied=config.tied,
+        transcoder=by.target is not None,
+        skip_connection=skip is not None,
         dtype=torch.float32,
     )
     with torch.no_grad():
@@ -48,9 +63,12 @@ def as_sae(learner: Learner, weights: dict[str, Tensor], by: Standardisation) ->
         if not config.tied:
             sae.W_enc.copy_(encoder.T)
         # In float64: centre @ encoder is a sum of large terms that nearly cancel.
-        shift = (encoder.double() @ centre.double()).float()
-        sae.b_enc.copy_(weights["b_enc"] / scale - shift)
-        sae.b_dec.copy_(weights["b_dec"] / scale + centre)
+        shift = (encoder.double() @ by.centre.double()).float()
+        sae.b_enc.copy_(weights["b_enc"] / aim.scale - shift)
+        sae.b_dec.copy_(weights["b_dec"] / aim.scale + aim.centre)
+        if skip is not None and sae.W_skip is not None:
+            sae.W_skip.copy_(skip * (by.scale / aim.scale))
+            sae.b_dec.sub_((sae.W_skip.double() @ by.centre.double()).float())
         if config.penalised or learner.mean_threshold is not None:
             sae.threshold = thresholds(learner, weights, by)
     return sae

@@ -66,13 +66,13 @@ def lockstep(
             waited = time.perf_counter() - start
             for number in learning:
                 runs[number].clock.add("data", waited)
-            x, left_out = behind.standardisation.apply(batch, behind.device, behind.ranks)
+            rows = behind.standardisation.apply(batch, behind.device, behind.readers)
             (stop,) = behind.ranks.agree(stopping())
             for number, each in list(learning.items()):
                 if runs[number].counters.step != step:
                     continue
                 try:
-                    each.send((x, left_out, stop))
+                    each.send((rows, stop))
                 except StopIteration:
                     del learning[number]
                 except TrainingDivergedError as error:

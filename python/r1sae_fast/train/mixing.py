@@ -13,6 +13,7 @@ contents, which lie in a file of their own: they change once a filling, not with
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,11 +253,28 @@ class MixingLoader:
         for name, column in columns.items():
             memory[name][places] = column.to(memory[name].dtype)
         at = 0
-        engine = self.rows.engine
-        for _, rows in engine.rows(tokens, self.rows.layer, batch_size=self.rows.batch_size):
+        for rows in self._made(tokens):
             memory["activations"][places[at : at + len(rows)]] = rows.to("cpu")
             at += len(rows)
-        engine.committed()
+        self.rows.engine.committed()
+
+    def _made(self, tokens: list[list[int]]) -> Iterator[Tensor]:
+        """Rows of all sequences, in order: this rank runs each n-th batch of them, in turns with
+        the others; which sequences run together doesn't depend on that."""
+        size, engine, ranks = self.rows.batch_size, self.rows.engine, self.rows.ranks
+        index, count = ranks.part
+        batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        own = batches[index::count]
+        flat = list(itertools.chain.from_iterable(own))
+        running = engine.rows(flat, self.rows.layer, batch_size=size) if own else iter(())
+        made = torch.empty(0, engine.hidden_size, dtype=engine.dtype)
+        for turn in range(-(-len(batches) // count)):
+            wanted = sum(map(len, own[turn])) if turn < len(own) else 0
+            while len(made) < wanted:  # an engine may give several batches at a time, or one
+                _, more = next(running)
+                made = torch.cat([made, more.to("cpu")]) if len(made) else more
+            yield ranks.rows(made[:wanted], 0)[0]
+            made = made[wanted:]
 
     # -- stopping and going on ----------------------------------------------------------------
 

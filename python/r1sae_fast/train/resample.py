@@ -19,36 +19,45 @@ if TYPE_CHECKING:
 _ENCODER_SHARE = 0.2
 
 
-def resample(learner: Learner, x: Tensor, number: int) -> int:
+def resample(learner: Learner, x: Tensor, number: int, target: Tensor | None = None) -> int:
     """Resets the dead features of ``learner``, and their part of Adam's state.
 
     Args:
-        learner: all of whose features are this process's.
-        x: ``[n, d_in]`` standardised rows.
+        learner: of each rank its own.
+        x: ``[n, d_in]`` standardised rows, the same in all ranks.
         number: of the resampling; with the seed it decides what is drawn.
+        target: of a transcoder, which is reset to begin where it is worst: its encoder reads the
+            row, its decoder makes what is left over.
 
     Returns:
-        How many features were reset.
+        How many features were reset, in all ranks.
     """
-    config, parameters = learner.config, learner.parameters
+    config, parameters, ranks = learner.config, learner.parameters, learner.ranks
     is_dead = learner.unfired_tokens >= config.dead_tokens
     dead = is_dead.nonzero().flatten()
-    alive = (~is_dead).nonzero().flatten()
-    if not dead.numel() or not alive.numel():
+    count = int(ranks.total(dead.numel()))
+    if count == 0 or count == config.d_sae:
         return 0
-    error = LOSSES[config.mode].forward(learner.sae(), x, config, 1.0).error
+    error = LOSSES[config.mode].forward(learner.sae(), x, config, 1.0, target).error
     badness = error.square().sum(1).double().square().cpu()
     if not bool(badness.isfinite().all()) or not bool(badness.sum() > 0):
         return 0
-    # A generator of its own: a run that goes on draws the same.
+    # A generator of its own: a run that goes on draws the same, and so do all ranks.
     generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**63)
-    drawn = torch.multinomial(badness, dead.numel(), replacement=True, generator=generator)
-    rows = x[drawn.to(x.device)] - parameters["b_dec"]
-    directions = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    size = parameters["encoder"][alive].norm(dim=1).mean() * _ENCODER_SHARE
-    fresh = {"encoder": directions * size, "decoder": directions, "b_enc": torch.zeros(())}
+    drawn = torch.multinomial(badness, count, replacement=True, generator=generator)
+    first = ranks.before(dead.numel())
+    own = drawn[first : first + dead.numel()].to(x.device)
+    reads = _unit(x[own] - (0.0 if learner.transcodes else parameters["b_dec"]))
+    makes = _unit(-error[own]) if learner.transcodes else reads
+
+    def mean_of_alive(values: Tensor) -> float:
+        total = float(values[~is_dead].double().sum())
+        return ranks.total(total) / (config.d_sae - count)
+
+    size = mean_of_alive(parameters["encoder"].norm(dim=1)) * _ENCODER_SHARE
+    fresh = {"encoder": reads * size, "decoder": makes, "b_enc": torch.zeros(())}
     if "log_threshold" in parameters:
-        fresh["log_threshold"] = parameters["log_threshold"][alive].mean()
+        fresh["log_threshold"] = torch.tensor(mean_of_alive(parameters["log_threshold"]))
     for name, values in fresh.items():
         if name not in parameters:
             continue
@@ -62,4 +71,9 @@ def resample(learner: Learner, x: Tensor, number: int) -> int:
             state["asleep"][dead] = 0
     learner.unfired_tokens[dead] = 0
     learner.screen.refresh(dead)
-    return int(dead.numel())
+    return count
+
+
+def _unit(rows: Tensor) -> Tensor:
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from r1sae_fast.errors import TrainingDivergedError
 from r1sae_fast.sae import FastSAE
-from r1sae_fast.shards import ActivationShards
+from r1sae_fast.shards import PairedShards
 from r1sae_fast.shards.loader import ShardLoader
 from r1sae_fast.train import checkpoint
 from r1sae_fast.train.averages import Averages
@@ -25,7 +25,7 @@ from r1sae_fast.train.metrics import Metrics, MetricsFile
 from r1sae_fast.train.mixing import MixingLoader
 from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.resample import resample
-from r1sae_fast.train.standardise import Standardisation, draw
+from r1sae_fast.train.standardise import Rows, Source, Standardisation, draw
 from r1sae_fast.train.step import Learner
 
 __all__ = ["Run"]
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(
         self,
-        shards: ActivationShards | EngineRows,
+        shards: Source,
         folder: Path,
         config: TrainConfig,
         device: torch.device,
@@ -54,16 +54,18 @@ class Run:
     ) -> None:
         self.shards, self.folder, self.config, self.device = shards, folder, config, device
         self.ranks = ranks
-        if config.resample_every is not None and ranks is not ALONE:
-            raise ValueError(
-                "resample_every is for one process; leave it out: the auxiliary loss revives dead "
-                "features in any number of them"
-            )
+        self.readers: Ranks = ALONE if isinstance(shards, EngineRows) else ranks
+        """Who has read what of a batch: an engine's rows are with all ranks already."""
+        self.transcodes = isinstance(shards, PairedShards)
+        """Whether rows have targets."""
+        _check_transcoder(config, self.transcodes)
         self.identity: dict[str, Any] = {
             **config.to_dict(),
             "shards": shards.fingerprint,
             "d_in": shards.d_in,
         }
+        if isinstance(shards, EngineRows):
+            shards.share(ranks if like is None else like.ranks)
         saved = Checkpoint.read(folder, ranks)
         if saved is not None and not resume:
             raise FileExistsError(
@@ -71,20 +73,25 @@ class Run:
             )
         if saved is not None:
             # A run of before there was a choice.
-            identity = {"adam": "dense"} | saved.identity
+            identity = {"adam": "dense", "skip_connection": False} | saved.identity
             checkpoint.require_same(folder / checkpoint.FILE, identity, self.identity)
             at = saved.counters
-            self.standardisation = Standardisation(saved.centre, at.scale, at.norm_limit)
+            aim = saved.target_centre
+            if aim is not None:
+                target = Standardisation(aim, at.target_scale, at.target_norm_limit)
+            self.standardisation = Standardisation(
+                saved.centre, at.scale, at.norm_limit, None if aim is None else target
+            )
         else:
             self.standardisation = self._measured() if like is None else like.standardisation
-        self.learner = Learner(config, shards.d_in, device, ranks=ranks)
+        self.learner = Learner(config, shards.d_in, device, ranks=ranks, transcodes=self.transcodes)
         self.clock = self.learner.clock
         if saved is None and config.mode == "jumprelu":
             rows = draw(shards, _FIRST_ROWS, config.order_seed)
-            self.learner.start(self.standardisation.apply(rows, device)[0])
+            self.learner.start(self.standardisation.apply(rows, device).x)
         # An engine makes as many rows as are asked for.
         batch_size = config.batch_size
-        if isinstance(shards, ActivationShards):
+        if not isinstance(shards, EngineRows):
             batch_size = min(batch_size, len(shards))
         self.loader: ShardLoader | MixingLoader = shards.loader(
             batch_size,
@@ -92,11 +99,13 @@ class Run:
             drop_last=True,
             epochs=None,
             pin_memory=device.type == "cuda",
-            part=ranks.part,
+            part=self.readers.part,
         )
-        self.counters = Counters(
-            scale=self.standardisation.scale, norm_limit=self.standardisation.norm_limit
-        )
+        known = self.standardisation
+        self.counters = Counters(scale=known.scale, norm_limit=known.norm_limit)
+        if known.target is not None:
+            self.counters.target_scale = known.target.scale
+            self.counters.target_norm_limit = known.target.norm_limit
         if saved is not None:
             self.counters = saved.counters
             if isinstance(self.loader, MixingLoader):
@@ -107,22 +116,29 @@ class Run:
             self.learner.threshold = saved.counters.threshold
             self.learner.threshold_weight = saved.counters.threshold_weight
             self.learner.l0, self.learner.found = saved.counters.l0, saved.counters.found
-        if isinstance(self.loader, MixingLoader):
+        if isinstance(self.loader, MixingLoader) and ranks.is_first:
             # What a run wrote that was killed before its checkpoint, or another run's.
             self.loader.drop_other_buffers(folder)
 
     def _measured(self) -> Standardisation:
         """What the first rank finds: another kind of CPU might round otherwise."""
         shards, config = self.shards, self.config
-        found = torch.zeros(shards.d_in + 2, dtype=torch.float64)
-        if self.ranks.is_first:
+        many = 2 if self.transcodes else 1
+        found = torch.zeros(many, shards.d_in + 2, dtype=torch.float64)
+        # An engine's rows are made by all ranks together.
+        if self.ranks.is_first or isinstance(shards, EngineRows):
             measured = Standardisation.of(
                 shards, outlier_factor=config.outlier_factor, seed=config.order_seed
             )
-            found[:-2] = measured.centre
-            found[-2:] = torch.tensor([measured.scale, measured.norm_limit], dtype=torch.float64)
+            for line, one in zip(found, (measured, measured.target), strict=False):
+                assert one is not None
+                line[:-2] = one.centre
+                line[-2:] = torch.tensor([one.scale, one.norm_limit], dtype=torch.float64)
         found = self.ranks.from_first(found)
-        return Standardisation(found[:-2].float(), float(found[-2]), float(found[-1]))
+        read = [
+            Standardisation(line[:-2].float(), float(line[-2]), float(line[-1])) for line in found
+        ]
+        return replace(read[0], target=read[1] if self.transcodes else None)
 
     def save(self) -> None:
         """Writes the checkpoint.
@@ -135,7 +151,7 @@ class Run:
         self.counters.threshold = self.learner.threshold
         self.counters.threshold_weight = self.learner.threshold_weight
         self.counters.l0, self.counters.found = self.learner.l0, self.learner.found
-        if isinstance(self.loader, MixingLoader):
+        if isinstance(self.loader, MixingLoader) and self.ranks.is_first:
             self.loader.save_buffer(self.folder)
         Checkpoint(
             self.identity,
@@ -143,8 +159,9 @@ class Run:
             self.loader.state_dict(),
             self.standardisation.centre,
             self.learner.tensors(),
+            None if (target := self.standardisation.target) is None else target.centre,
         ).write(self.folder, self.ranks)
-        if isinstance(self.loader, MixingLoader):
+        if isinstance(self.loader, MixingLoader) and self.ranks.is_first:
             self.loader.drop_other_buffers(self.folder)
 
     def go(
@@ -172,9 +189,9 @@ class Run:
         checkpoint_seconds: float,
         log_every: int,
         on_metrics: Sequence[Callable[[Metrics], None]],
-    ) -> Generator[None, tuple[Tensor, int, bool], None]:
-        """Takes a step with each ``(standardised rows, rows left out, whether to stop)`` that it
-        is sent; ends after the last one, or when it is to stop, with all saved.
+    ) -> Generator[None, tuple[Rows, bool], None]:
+        """Takes a step with each ``(standardised rows, whether to stop)`` that it is sent; ends
+        after the last one, or when it is to stop, with all saved.
 
         Raises:
             TrainingDivergedError: the loss became NaN or infinite.
@@ -187,17 +204,18 @@ class Run:
         saved = time.monotonic()
         stop = False
         while counters.step < config.steps and not stop:
-            x, left_out, stop = yield
+            rows, stop = yield
+            x = rows.x
             self.clock.lap()
             rate = config.rate(counters.step)
             share = config.sparsity_share(counters.step)
-            figures = self.learner.step(x, rate, share) if x.shape[0] else None
+            figures = self.learner.step(x, rate, share, rows.target) if x.shape[0] else None
             counters.step += 1
             counters.tokens += x.shape[0]
-            counters.left_out += left_out
+            counters.left_out += rows.left_out
             if figures is not None:
                 averages.add(figures, x.shape[0])
-            self._resample(x)
+            self._resample(rows)
             last = counters.step == config.steps or stop
             # A checkpoint goes with a line, so that a resumed run's means are over the same
             # steps.
@@ -226,13 +244,13 @@ class Run:
                 saved = time.monotonic()
 
     @torch.no_grad()
-    def _resample(self, x: Tensor) -> None:
+    def _resample(self, rows: Rows) -> None:
         """Where the rows of the last step have made one more multiple of ``resample_every``."""
-        every = self.config.resample_every
+        every, x = self.config.resample_every, rows.x
         if every is not None and x.shape[0]:
             number = self.counters.tokens // every
             if number > (self.counters.tokens - x.shape[0]) // every:
-                resample(self.learner, x, number)
+                resample(self.learner, x, number, rows.target)
 
     def _metrics(self, averages: Averages, rate: float) -> Metrics:
         means = averages.means()
@@ -278,4 +296,23 @@ class Run:
             "activations": self.shards.metadata,
             "activations_fingerprint": self.shards.fingerprint,
         }
+        if isinstance(self.shards, PairedShards) and self.standardisation.target is not None:
+            sae.metadata["target_norm_limit"] = self.standardisation.target.norm_limit
+            sae.metadata["targets"] = self.shards.targets.metadata
+            sae.metadata["activations_fingerprint"] = self.shards.inputs.fingerprint
+            sae.metadata["targets_fingerprint"] = self.shards.targets.fingerprint
         return sae
+
+
+def _check_transcoder(config: TrainConfig, transcodes: bool) -> None:
+    """Refuses settings that only the other kind has."""
+    if config.skip_connection and not transcodes:
+        raise ValueError(
+            "skip_connection is True without targets: what an autoencoder reads is what it is to "
+            "make; give targets (a transcoder), or leave skip_connection out"
+        )
+    if config.tied and transcodes:
+        raise ValueError(
+            "tied is True with targets: a transcoder reads one activation and makes another, so "
+            "encoder and decoder can't be one matrix; leave tied out"
+        )

@@ -23,7 +23,7 @@ from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.clock import Clock
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
-from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu
+from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu, transcoder
 from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.select import DenseFinder
 
@@ -43,8 +43,11 @@ class StepFigures:
 _DRAWN_ROWS = 1024
 _CACHED_NUMBERS = 1 << 18
 
-_SHARED = "b_dec"
-"""The parameter that every process has whole; the others lie with the features."""
+_SHARED = ("b_dec", transcoder.SKIP)
+"""Parameters that every process has whole; the others lie with the features."""
+
+_TARGETS = 0x7A6E7
+"""Added to the seed for a transcoder's decoder, whose directions are not the encoder's."""
 
 
 class Learner:
@@ -59,6 +62,7 @@ class Learner:
         by_kernels: whether, if not so, encoding and gradients are the package's sparse operations;
             default on GPUs, where they are Triton's kernels. Else they are plain torch, which is
             the truth for the others.
+        transcodes: whether rows have targets.
         ranks: the processes that train it together; of weights and state each has those of its own
             features. All call the same methods with the same rows.
     """
@@ -71,6 +75,7 @@ class Learner:
         *,
         in_factors: bool | None = None,
         by_kernels: bool | None = None,
+        transcodes: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         self.in_factors = device.type == "cpu" if in_factors is None else in_factors
@@ -86,13 +91,20 @@ class Learner:
         self.first, end = ranks.own(config.d_sae)
         self.features = end - self.first
         """Own ones."""
-        directions = _first_directions(config, d_in, self.first, end).to(device)
+        self.transcodes = transcodes
+        directions = _first_directions(config.seed, config, d_in, self.first, end).to(device)
         self.parameters: dict[str, Tensor] = {"encoder": directions}
-        if not config.tied:
+        if transcodes:
+            seed = (config.seed + _TARGETS) % 2**63
+            others = _first_directions(seed, config, d_in, self.first, end)
+            self.parameters["decoder"] = others.to(device)
+        elif not config.tied:
             decoder = empty_weights(*directions.shape, dtype=torch.float32, device=device)
             self.parameters["decoder"] = decoder.copy_(directions)
         self.parameters["b_enc"] = torch.zeros(self.features, device=device)
         self.parameters["b_dec"] = torch.zeros(d_in, device=device)
+        if config.skip_connection:
+            self.parameters[transcoder.SKIP] = torch.zeros(d_in, d_in, device=device)
         if config.mode == "jumprelu":
             self.parameters["log_threshold"] = torch.zeros(self.features, device=device)
         self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
@@ -125,13 +137,16 @@ class Learner:
         return self.parameters.get("decoder", self.parameters["encoder"])
 
     @torch.no_grad()
-    def step(self, x: Tensor, learning_rate: float, sparsity: float = 1.0) -> StepFigures:
+    def step(
+        self, x: Tensor, learning_rate: float, sparsity: float = 1.0, target: Tensor | None = None
+    ) -> StepFigures:
         """Learns from standardised rows ``x [n, d_in]``, n at least 1.
 
         Args:
             sparsity: share of the sparsity loss that is in force, where there is one.
+            target: ``[n, d_in]`` standardised, what a transcoder is to make of x.
         """
-        figures, gradients = self.gradients(x, sparsity)
+        figures, gradients = self.gradients(x, sparsity, target)
         plain: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
             if isinstance(gradient, FactoredGradient):
@@ -157,7 +172,7 @@ class Learner:
             config.gradient_clip,
             unit_rows=unit_rows,
             total=self.ranks.total,
-            shared=[self.parameters[_SHARED]],
+            shared=[self.parameters[name] for name in _SHARED if name in self.parameters],
         )
         for name, parameter in self.parameters.items():
             settings = Settings(
@@ -193,9 +208,10 @@ class Learner:
         if not self.config.tied:
             # Only what turns a decoder row counts: its length is 1 and stays so.
             gradients["decoder"] = turning(gradients["decoder"], self.decoder)
-        own = [part.norm() for name, part in gradients.items() if name != _SHARED]
+        own = [part.norm() for name, part in gradients.items() if name not in _SHARED]
+        whole = [part.norm() for name, part in gradients.items() if name in _SHARED]
         squared = self.ranks.total(torch.stack(own).square().sum())
-        norm = (squared + gradients[_SHARED].norm().square()).sqrt()
+        norm = (squared + torch.stack(whole).square().sum()).sqrt()
         factor = (self.config.gradient_clip / norm.clamp_min(1e-30)).clamp_max(1.0)
         for name, part in gradients.items():
             self.parameters[name].grad = part.mul_(factor)
@@ -207,12 +223,12 @@ class Learner:
 
     @torch.no_grad()
     def gradients(
-        self, x: Tensor, sparsity: float = 1.0
+        self, x: Tensor, sparsity: float = 1.0, target: Tensor | None = None
     ) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
         config = self.config
         sae = self.sae()
-        forward = LOSSES[config.mode].forward(sae, x, config, sparsity)
+        forward = LOSSES[config.mode].forward(sae, x, config, sparsity, target)
         self.found = self.ranks.total(forward.found) / x.shape[0]
         codes, error = forward.fired, forward.error
         self.unfired_tokens += x.shape[0]
@@ -242,11 +258,13 @@ class Learner:
         if not config.tied:
             found["decoder"] = gradients.decoder
         found |= {"b_enc": gradients.b_enc, "b_dec": forward.of_b_dec.sum(0).mul_(scale)}
+        if config.skip_connection:
+            found[transcoder.SKIP] = transcoder.gradient_of_skip(forward.of_b_dec, x, scale)
         if config.mode == "jumprelu":
             found["log_threshold"] = jumprelu.gradient_of_log_threshold(
                 sae, forward, gradients.of_values, config, sparsity
             )
-        variance = _squared_deviations(x)
+        variance = _squared_deviations(x if target is None else target)
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
         self.l0 = self.ranks.total(codes.nnz) / x.shape[0]
@@ -315,8 +333,8 @@ class Learner:
             return
         for name, parameter in self.parameters.items():
             state = self.adam_state[name]
-            # The shared one is trained alike by all.
-            if parameter.dim() == 1 and name != _SHARED and "asleep" in state:
+            # The shared ones are trained alike by all.
+            if parameter.dim() == 1 and name not in _SHARED and "asleep" in state:
                 settle(state, (self.config.beta1, self.config.beta2))
                 state["asleep"].zero_()
 
@@ -339,10 +357,10 @@ class Learner:
         self.unfired_tokens.copy_(state["unfired_tokens"])
 
 
-def _first_directions(config: TrainConfig, d_in: int, start: int, end: int) -> Tensor:
-    """Rows ``start`` to ``end`` of the first encoder, without making all of them at once."""
+def _first_directions(seed: int, config: TrainConfig, d_in: int, start: int, end: int) -> Tensor:
+    """Rows ``start`` to ``end`` of the first encoder (decoder), without making all at once."""
     # On the CPU whatever the device, so that the seed means the same weights everywhere.
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     result = empty_weights(end - start, d_in, dtype=torch.float32)
     at = 0
     while at < config.d_sae:

@@ -15,13 +15,13 @@ import torch
 
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.sae import FastSAE
-from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train.config import TrainConfig
-from r1sae_fast.train.engine_rows import EngineRows
 from r1sae_fast.train.folders import DIVERGED, locked
 from r1sae_fast.train.lockstep import lockstep
 from r1sae_fast.train.metrics import Metrics
+from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.run import Run
+from r1sae_fast.train.standardise import Source
 
 __all__ = ["SweepResult", "sweep_configs", "train_sweep"]
 
@@ -36,7 +36,7 @@ class SweepResult:
     name: str
     folder: Path
     sae: FastSAE | None
-    """None where it diverged."""
+    """None where it diverged; of several processes, the first one has it."""
     error: str | None
     """Why, then."""
 
@@ -89,7 +89,7 @@ def _spelled(value: Any) -> str:
 
 
 def train_sweep(
-    shards: ActivationShards | EngineRows,
+    shards: Source,
     out_dir: str | os.PathLike[str],
     configs: Mapping[str, TrainConfig],
     *,
@@ -127,21 +127,54 @@ def train_sweep(
         ValueError: no configs, a name that is no folder's, or configs that need other batches.
         Exception: what :func:`train` raises, but for divergence.
     """
-    _check(configs)
-    parent = Path(out_dir)
+    check_sweep(configs)
+    return run_sweep(
+        shards,
+        Path(out_dir),
+        configs,
+        lambda: ALONE,
+        resume=resume,
+        device=torch.device(device),
+        checkpoint_seconds=checkpoint_seconds,
+        log_every=log_every,
+        progress=progress,
+        on_metrics=on_metrics,
+    )
+
+
+def run_sweep(
+    shards: Source,
+    parent: Path,
+    configs: Mapping[str, TrainConfig],
+    make_ranks: Callable[[], Ranks],
+    *,
+    resume: bool,
+    device: torch.device,
+    checkpoint_seconds: float,
+    log_every: int | None,
+    progress: bool | None,
+    on_metrics: Callable[[str, Metrics], None] | None,
+) -> list[SweepResult]:
+    """:func:`train_sweep` in the processes of ``make_ranks``, which is asked for those of each
+    SAE; all of them call it. The first one has the SAEs."""
+    ranks = make_ranks()
     if parent.exists() and not parent.is_dir():
         raise NotADirectoryError(f"{parent}: not a folder; give a folder for the SAEs")
     runs: list[Run] = []
     failed: dict[int, str] = {}
     with ExitStack() as stack:
+        if ranks.is_first:
+            for name in configs:
+                stack.enter_context(locked(parent / name))
+        ranks.agree(True)  # others look into the folders once they are there
         for number, (name, config) in enumerate(configs.items()):
             folder = parent / name
-            stack.enter_context(locked(folder))
             if resume and (folder / DIVERGED).exists():
                 failed[number] = (folder / DIVERGED).read_text(encoding="utf-8")
                 continue
             like = runs[0] if runs else None
-            runs.append(Run(shards, folder, config, torch.device(device), resume=resume, like=like))
+            own = make_ranks()
+            runs.append(Run(shards, folder, config, device, resume=resume, ranks=own, like=like))
         numbers = [number for number in range(len(configs)) if number not in failed]
         names = list(configs)
         steps = next(iter(configs.values())).steps
@@ -157,10 +190,11 @@ def train_sweep(
             if place in diverged:
                 failed[number] = str(diverged[place])
                 # Not tried again by the next call, which would go through the rows for it.
-                write_bytes(run.folder / DIVERGED, failed[number].encode())
-                continue
-            saes[number] = run.sae()
-            saes[number].save(run.folder)
+                if ranks.is_first:
+                    write_bytes(run.folder / DIVERGED, failed[number].encode())
+            elif ranks.is_first:
+                saes[number] = run.sae()
+                saes[number].save(run.folder)
         return [
             SweepResult(name, parent / name, saes.get(number), failed.get(number))
             for number, name in enumerate(names)
@@ -173,7 +207,8 @@ def _teller(
     return None if tell is None else lambda line: tell(name, line)
 
 
-def _check(configs: Mapping[str, TrainConfig]) -> None:
+def check_sweep(configs: Mapping[str, TrainConfig]) -> None:
+    """Raises ValueError unless all can share one pass."""
     if not configs:
         raise ValueError("a sweep of no SAEs; give at least one config")
     first_name, first = next(iter(configs.items()))

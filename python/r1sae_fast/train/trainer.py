@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 
 from r1sae_fast.sae import FastSAE
-from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train.config import TrainConfig
-from r1sae_fast.train.engine_rows import EngineRows
 from r1sae_fast.train.folders import locked
 from r1sae_fast.train.metrics import Metrics
 from r1sae_fast.train.run import Run
+from r1sae_fast.train.standardise import Source
 
 __all__ = ["train"]
 
 
 def train(
-    shards: ActivationShards | EngineRows,
+    shards: Source,
     out_dir: str | os.PathLike[str],
     config: TrainConfig,
     *,
@@ -40,7 +39,8 @@ def train(
     threads. At SIGTERM it saves after the step that it is in, and exits with status 143.
 
     Args:
-        shards: what to train on: rows that were harvested, or an engine's as it makes them.
+        shards: what to train on: rows that were harvested, or an engine's as it makes them; for a
+            transcoder :class:`~r1sae_fast.shards.PairedShards`.
         out_dir: new, empty, or of a run that is gone on with.
         config: everything that decides the weights.
         resume: go on from the folder's checkpoint (a finished run is just loaded); False refuses a

@@ -76,7 +76,7 @@ class Forward(NamedTuple):
     loss: Tensor
     """What is minimised (without the auxiliary loss), a number per activation number."""
     error: Tensor
-    """``[rows, d_in]``: the whole reconstruction minus x."""
+    """``[rows, d_in]``: the whole reconstruction minus x (a transcoder's: minus its target)."""
     squared: Tensor
     """Its sum of squares."""
     parts: list[Part]

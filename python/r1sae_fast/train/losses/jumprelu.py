@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.losses import transcoder
 from r1sae_fast.train.losses.base import (
     Definition,
     Forward,
@@ -40,14 +41,21 @@ from r1sae_fast.train.losses.base import (
 )
 
 
-def definition(parameters: Parameters, x: Tensor, config: TrainConfig, share: float) -> Definition:
+def definition(
+    parameters: Parameters,
+    x: Tensor,
+    config: TrainConfig,
+    share: float,
+    target: Tensor | None = None,
+) -> Definition:
     """The loss as the paper has it, dense: the truth. ``share`` of the penalty is in force."""
     pre, theta = pre_activations(parameters, x), parameters["log_threshold"].exp()
     unit = math.sqrt(x.shape[1])
     codes: Tensor = _JumpReLU.apply(pre, theta, config.width * unit)
     steps: Tensor = _Step.apply(pre, theta, config.width * unit)
-    reconstruction = codes @ decoder(parameters) + parameters["b_dec"]
-    squared = (reconstruction - x).square().mean()
+    aim = x if target is None else target
+    reconstruction = codes @ decoder(parameters) + transcoder.base(parameters, x)
+    squared = (reconstruction - aim).square().mean()
     l0 = steps.sum(1).mean()
     if config.sparsity == "target":
         penalty = (l0 / config.needed_k - 1.0).square()
@@ -95,7 +103,9 @@ def _near(pre: Tensor, theta: Tensor, width: float) -> Tensor:
     return (pre > 0) & (pre > theta - width / 2) & (pre < theta + width / 2)
 
 
-def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
+def forward(
+    sae: Sae, x: Tensor, config: TrainConfig, share: float, target: Tensor | None = None
+) -> Forward:
     """The loss of standardised rows ``x [rows, d_in]``, with ``share`` of the penalty.
 
     Two parts: what is kept, and what is near its threshold but not kept.
@@ -104,7 +114,7 @@ def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
     found = sae.find.threshold(x, theta - config.width * unit / 2, check_finite=False)
     kept = found.values > theta[found.indices.long()]
     codes, below = only(found, kept), only(found, ~kept)
-    error = sae.decode(codes).add_(sae.parameters["b_dec"]).sub_(x)
+    error = transcoder.error(sae, sae.decode(codes), x, target)
     squared = error.square().sum()
     coefficient, slope = share * config.penalty / x.shape[0], config.slope / unit
     of_codes = of_below = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.train.config import TrainConfig
-from r1sae_fast.train.losses import topk
+from r1sae_fast.train.losses import topk, transcoder
 from r1sae_fast.train.losses.base import (
     Definition,
     Forward,
@@ -30,23 +30,32 @@ from r1sae_fast.train.losses.base import (
 )
 
 
-def definition(parameters: Parameters, x: Tensor, config: TrainConfig, share: float) -> Definition:
+def definition(
+    parameters: Parameters,
+    x: Tensor,
+    config: TrainConfig,
+    share: float,
+    target: Tensor | None = None,
+) -> Definition:
     """The loss as the paper has it, dense: the truth."""
     del share
     pre = pre_activations(parameters, x)
     codes, loss = topk.kept(pre, config), x.new_zeros(())
+    aim, base = x if target is None else target, transcoder.base(parameters, x)
     for width in config.prefixes:
-        prefix = codes[:, :width] @ decoder(parameters)[:width] + parameters["b_dec"]
-        loss = loss + (prefix - x).square().mean()
+        prefix = codes[:, :width] @ decoder(parameters)[:width] + base
+        loss = loss + (prefix - aim).square().mean()
     return Definition(loss, prefix, pre)
 
 
-def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
+def forward(
+    sae: Sae, x: Tensor, config: TrainConfig, share: float, target: Tensor | None = None
+) -> Forward:
     """The loss of standardised rows ``x [rows, d_in]``; ``share`` has no say in it."""
     del share
     codes = topk.find(sae, x, config)
     levels = split(codes, config.prefixes, sae.first)
-    error, errors = sae.parameters["b_dec"] - x, []
+    error, errors = transcoder.error(sae, torch.zeros_like(x), x, target), []
     for level in levels:
         error = sae.decode(level).add_(error)
         errors.append(error)

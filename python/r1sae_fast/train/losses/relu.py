@@ -16,6 +16,7 @@ import math
 from torch import Tensor
 
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.losses import transcoder
 from r1sae_fast.train.losses.base import (
     Definition,
     Forward,
@@ -27,20 +28,29 @@ from r1sae_fast.train.losses.base import (
 )
 
 
-def definition(parameters: Parameters, x: Tensor, config: TrainConfig, share: float) -> Definition:
+def definition(
+    parameters: Parameters,
+    x: Tensor,
+    config: TrainConfig,
+    share: float,
+    target: Tensor | None = None,
+) -> Definition:
     """The loss as the paper has it, dense: the truth. ``share`` of the penalty is in force."""
     pre = pre_activations(parameters, x)
     codes = pre.relu()
-    reconstruction = codes @ decoder(parameters) + parameters["b_dec"]
-    squared = (reconstruction - x).square().mean()
+    aim = x if target is None else target
+    reconstruction = codes @ decoder(parameters) + transcoder.base(parameters, x)
+    squared = (reconstruction - aim).square().mean()
     penalty = codes.sum(1).mean() / math.sqrt(x.shape[1])
     return Definition(squared + share * config.penalty * penalty, reconstruction, pre)
 
 
-def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
+def forward(
+    sae: Sae, x: Tensor, config: TrainConfig, share: float, target: Tensor | None = None
+) -> Forward:
     """The loss of standardised rows ``x [rows, d_in]``, with ``share`` of the penalty."""
     codes = sae.find.threshold(x, 0.0, check_finite=False)
-    error = sae.decode(codes).add_(sae.parameters["b_dec"]).sub_(x)
+    error = transcoder.error(sae, sae.decode(codes), x, target)
     squared = error.square().sum()
     of_a_code = share * config.penalty / (x.shape[0] * math.sqrt(x.shape[1]))
     loss = squared / x.numel() + of_a_code * sae.total(codes.values.sum())

@@ -12,6 +12,7 @@ from torch import Tensor
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.losses import transcoder
 from r1sae_fast.train.losses.base import (
     Definition,
     Forward,
@@ -23,12 +24,19 @@ from r1sae_fast.train.losses.base import (
 )
 
 
-def definition(parameters: Parameters, x: Tensor, config: TrainConfig, share: float) -> Definition:
+def definition(
+    parameters: Parameters,
+    x: Tensor,
+    config: TrainConfig,
+    share: float,
+    target: Tensor | None = None,
+) -> Definition:
     """The loss as the papers have it, dense: the truth."""
     del share
     pre = pre_activations(parameters, x)
-    reconstruction = kept(pre, config) @ decoder(parameters) + parameters["b_dec"]
-    return Definition((reconstruction - x).square().mean(), reconstruction, pre)
+    aim = x if target is None else target
+    reconstruction = kept(pre, config) @ decoder(parameters) + transcoder.base(parameters, x)
+    return Definition((reconstruction - aim).square().mean(), reconstruction, pre)
 
 
 def kept(pre: Tensor, config: TrainConfig) -> Tensor:
@@ -37,11 +45,13 @@ def kept(pre: Tensor, config: TrainConfig) -> Tensor:
     return pre * (select(pre.detach(), config.needed_k).to_dense() > 0)
 
 
-def forward(sae: Sae, x: Tensor, config: TrainConfig, share: float) -> Forward:
+def forward(
+    sae: Sae, x: Tensor, config: TrainConfig, share: float, target: Tensor | None = None
+) -> Forward:
     """The loss of standardised rows ``x [rows, d_in]``; ``share`` has no say in it."""
     del share
     codes = find(sae, x, config)
-    error = sae.decode(codes).add_(sae.parameters["b_dec"]).sub_(x)
+    error = transcoder.error(sae, sae.decode(codes), x, target)
     squared = error.square().sum()
     parts = [Part(codes, error)]
     return Forward(codes, squared / x.numel(), error, squared, parts, error, codes.nnz)

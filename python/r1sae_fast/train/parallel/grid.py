@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from copy import copy
 from datetime import timedelta
 
 import torch
@@ -61,6 +62,12 @@ class Grid:
         self._d_sae = 0
         self._offer = Offer()
 
+    def another(self) -> Grid:
+        """The same processes, for another SAE's run beside this one's."""
+        other = copy(self)
+        other._d_sae, other._offer = 0, Offer()
+        return other
+
     @property
     def is_first(self) -> bool:
         """Rank 0."""
@@ -96,6 +103,13 @@ class Grid:
         own = torch.as_tensor(value, dtype=torch.float64, device=self.device)
         found = gather(own.reshape(1), self.place.latents).sum(0)[0]
         return found.to(value.dtype) if isinstance(value, Tensor) else type(value)(found)
+
+    def before(self, value: int) -> int:
+        """Of the ranks that have the features before own ones."""
+        if self.layout.latents == 1:
+            return 0
+        found = gather(torch.tensor([value], device=self.device), self.place.latents)
+        return int(found[: self.place.latents_rank].sum())
 
     def least(self, value: float) -> float:
         """Of all ranks that have other features."""

@@ -45,6 +45,9 @@ class Ranks(Protocol):
     def total(self, value: Number, /) -> Number:
         """The sum over the shares of the features; a number, or a tensor of one."""
 
+    def before(self, value: int) -> int:
+        """The sum over the shares of the features that come before this rank's."""
+
     def least(self, value: float) -> float:
         """The least over the shares of the features."""
 
@@ -86,6 +89,10 @@ class Alone:
     def total(self, value: Number, /) -> Number:
         """As it is."""
         return value
+
+    def before(self, value: int) -> int:
+        """Nothing."""
+        return 0
 
     def least(self, value: float) -> float:
         """As it is."""

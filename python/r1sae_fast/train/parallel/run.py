@@ -14,17 +14,26 @@ import torch
 import torch.distributed as dist
 
 from r1sae_fast.sae import FastSAE
-from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train.checkpoint import Checkpoint
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.engine_rows import EngineRows
 from r1sae_fast.train.folders import locked
 from r1sae_fast.train.metrics import Metrics
 from r1sae_fast.train.parallel.collect import gather, gather_ragged
 from r1sae_fast.train.parallel.grid import Grid, begin
 from r1sae_fast.train.parallel.layout import Layout
 from r1sae_fast.train.run import Run
+from r1sae_fast.train.standardise import Source
+from r1sae_fast.train.sweep import SweepResult, check_sweep, run_sweep
 
-__all__ = ["is_launched", "processes", "train_in_parallel"]
+__all__ = [
+    "is_first",
+    "is_launched",
+    "own_device",
+    "processes",
+    "sweep_in_parallel",
+    "train_in_parallel",
+]
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -37,8 +46,13 @@ def processes(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment["WORLD_SIZE"])
 
 
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the one that writes and speaks."""
+    return environment.get("RANK", "0") == "0"
+
+
 def train_in_parallel(
-    shards: ActivationShards,
+    shards: Source,
     out_dir: str | os.PathLike[str],
     config: TrainConfig,
     layout: Layout,
@@ -59,7 +73,8 @@ def train_in_parallel(
     checkpoint: a run may go on in any number of processes.
 
     Args:
-        shards: what to train on; each process reads its part of every batch.
+        shards: what to train on; each process reads its part of every batch, or has its engine run
+            its share of the texts (:meth:`~r1sae_fast.train.EngineRows.share`).
         out_dir: on a file system that all processes share; the first one writes.
         config: everything that decides the weights.
         layout: how rows and features are shared out.
@@ -78,23 +93,10 @@ def train_in_parallel(
         LostRankError: another process is gone.
         Exception: what :func:`r1sae_fast.train.train` raises.
     """
-    at = torch.device(device)
-    if at.type == "cuda" and at.index is None:
-        at = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(at)
+    at = own_device(device)
     log_every = max(1, config.steps // 200) if log_every is None else log_every
     with _group(at, layout):
-        # What decides which collective calls a rank makes: before the first that not all make.
-        told = {
-            **config.to_dict(),
-            "shards": shards.fingerprint,
-            "d_in": shards.d_in,
-            "parallel.data": layout.data,
-            "parallel.latents": layout.latents,
-            "resume": resume,
-            "log_every": log_every,
-        }
-        _require_same(told, at)
+        _require_same(_told(shards, {"": config}, layout, resume, log_every), at)
         layout.require(dist.get_world_size(), config.d_sae)
         grid = Grid(layout, at)
         folder = Path(out_dir)
@@ -116,6 +118,84 @@ def train_in_parallel(
             # None ends, and is found missing, while another still works.
             grid.agree(True)
             return sae
+
+
+def sweep_in_parallel(
+    shards: Source,
+    out_dir: str | os.PathLike[str],
+    configs: Mapping[str, TrainConfig],
+    layout: Layout,
+    *,
+    resume: bool = True,
+    device: torch.device | str = "cpu",
+    checkpoint_seconds: float = 60.0,
+    log_every: int | None = None,
+    progress: bool | None = None,
+    on_metrics: Callable[[str, Metrics], None] | None = None,
+) -> list[SweepResult]:
+    """:func:`r1sae_fast.train.train_sweep` in ``layout.processes`` processes, all of which call it;
+    each of them trains its share of every SAE. See :func:`train_in_parallel`.
+
+    Returns:
+        One a config, in their order; the SAEs are with the first process.
+    """
+    check_sweep(configs)
+    at, folder = own_device(device), Path(out_dir)
+    with _group(at, layout):
+        told = _told(shards, configs, layout, resume, log_every)
+        told |= {f"{name}: checkpoint": _found(folder / name) for name in configs}
+        _require_same(told, at)
+        layout.require(dist.get_world_size(), min(one.d_sae for one in configs.values()))
+        grid = Grid(layout, at)
+        results = run_sweep(
+            shards,
+            folder,
+            configs,
+            grid.another,
+            resume=resume,
+            device=at,
+            checkpoint_seconds=checkpoint_seconds,
+            log_every=log_every,
+            progress=progress,
+            on_metrics=on_metrics,
+        )
+        grid.agree(True)
+        return results
+
+
+def own_device(
+    device: torch.device | str, environment: Mapping[str, str] = os.environ
+) -> torch.device:
+    """Of this process: of "cuda" the GPU of its ``LOCAL_RANK``."""
+    at = torch.device(device)
+    if at.type == "cuda" and at.index is None:
+        at = torch.device("cuda", int(environment.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(at)
+    return at
+
+
+def _told(
+    shards: Source,
+    configs: Mapping[str, TrainConfig],
+    layout: Layout,
+    resume: bool,
+    log_every: int | None,
+) -> dict[str, Any]:
+    """What decides which collective calls a rank makes: before the first that not all make."""
+    told = {
+        f"{name}: {key}" if name else key: value
+        for name, config in configs.items()
+        for key, value in config.to_dict().items()
+    }
+    return told | {
+        "shards": shards.fingerprint,
+        "texts": shards.texts_checksum if isinstance(shards, EngineRows) else None,
+        "d_in": shards.d_in,
+        "parallel.data": layout.data,
+        "parallel.latents": layout.latents,
+        "resume": resume,
+        "log_every": log_every,
+    }
 
 
 @contextmanager
