@@ -151,10 +151,10 @@ def test_one_that_diverges_ends_alone(
 ) -> None:
     step = Learner.step
 
-    def poisoned(self: Learner, x: Tensor, rate: float, share: float = 1.0) -> object:
+    def poisoned(self: Learner, x: Tensor, rate: float, share: float, target: None) -> object:
         if self.config.seed == 1 and self.unfired_tokens.max() >= 0 and poison:
             self.parameters["b_dec"][0] = float("nan")
-        return step(self, x, rate, share)
+        return step(self, x, rate, share, target)
 
     poison = True
     monkeypatch.setattr(Learner, "step", poisoned)
@@ -162,7 +162,7 @@ def test_one_that_diverges_ends_alone(
     good, bad = train_sweep(shards, tmp_path / "sweep", configs, progress=False, log_every=5)
     assert bad.sae is None
     assert bad.error is not None
-    assert "not finite by step 5" in bad.error
+    assert "not finite at step 1, which took rows " in bad.error
     assert good.sae is not None
     poison = False
     train(shards, tmp_path / "good", configs["good"], progress=False, log_every=5)

@@ -1,8 +1,11 @@
 """train(): recovers known features, folds its scaling away, resumes, and refuses bad input."""
 
+import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from r1sae_fast.errors import CheckpointError, NonFiniteError, ShardError, Train
 from r1sae_fast.shards import ActivationShards
 from r1sae_fast.train import Metrics, TrainConfig, evaluate, train
 from r1sae_fast.train.averages import Averages
+from r1sae_fast.train.checkpoint import Checkpoint
 from r1sae_fast.train.metrics import MetricsFile
 from r1sae_fast.train.run import Run
 from r1sae_fast.train.step import StepFigures
@@ -128,7 +132,7 @@ def test_batches_of_one_row_have_no_fvu(
 def test_the_mean_fvu_is_over_the_batches_that_vary() -> None:
     averages = Averages()
     for fvu in (0.5, math.nan, 0.25):
-        averages.add(StepFigures(torch.ones(()), torch.zeros(()), torch.tensor(fvu), 2.0, 0), 3)
+        averages.add(StepFigures(torch.ones(()), torch.zeros(()), torch.tensor(fvu), 2.0, 0), 3, 1)
     assert averages.means() == {"loss": 1.0, "aux_loss": 0.0, "fvu": 0.375, "l0": 2.0}
 
 
@@ -248,8 +252,15 @@ def test_a_loss_that_diverges_stops_and_keeps_the_last_checkpoint(
     kept = (tmp_path / "sae" / "checkpoint.safetensors").read_bytes()
     run = Run(shards, tmp_path / "sae", config, torch.device("cpu"), resume=True)
     run.learner.parameters["encoder"][3, 5] = math.inf
-    with pytest.raises(TrainingDivergedError, match="step 14"):
+    with pytest.raises(TrainingDivergedError, match="not finite at step 8, which took") as raised:
         run.go(checkpoint_seconds=0, log_every=7, progress=False, on_metrics=None)
+    # The rows of that batch are named.
+    loader = shards.loader(config.batch_size, seed=config.order_seed, drop_last=True)
+    batch = next(itertools.islice(loader, 7, 8))
+    numbers = (batch.sequence_id * 100 + batch.position)[:8].tolist()
+    assert f"rows {', '.join(map(str, numbers))}, ... of {shards.folder}" in str(raised.value)
+    start = 7 * config.batch_size
+    assert f"(places {start} to {start + config.batch_size - 1} in the" in str(raised.value)
     assert (tmp_path / "sae" / "checkpoint.safetensors").read_bytes() == kept
     train(shards, tmp_path / "sae", config, progress=False)
 
@@ -302,6 +313,56 @@ def test_a_damaged_checkpoint_is_named(shards: ActivationShards, tmp_path: Path,
         path.write_bytes((tmp_path / "sae" / "sae.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors"):
         train(shards, tmp_path / "sae", SMALL, progress=False)
+
+
+def test_a_checkpoint_of_a_later_release_is_left_alone(
+    shards: ActivationShards, tmp_path: Path
+) -> None:
+    train(shards, tmp_path / "sae", SMALL, progress=False)
+    path = tmp_path / "sae" / "checkpoint.safetensors"
+    later = path.read_bytes().replace(b'\\"version\\": 4', b'\\"version\\": 9', 1)
+    path.write_bytes(later)
+    with pytest.raises(CheckpointError, match=r"version 9; .*go on with the package that wrote it"):
+        train(shards, tmp_path / "sae", SMALL, progress=False)
+    assert path.read_bytes() == later
+
+
+FULL = r"""
+import resource, signal, sys
+from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train import TrainConfig, train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+config = TrainConfig(d_sae=64, k=4, tokens=20_000, batch_size=500, learning_rate=1e-2)
+def fill(line):
+    if len(sys.argv) > 3 and line.step == 14:
+        # No file may grow beyond this: write() fails as on a full disk, but for the number.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+train(ActivationShards(sys.argv[1]), sys.argv[2], config, log_every=7, checkpoint_seconds=0,
+      progress=False, on_metrics=fill)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setrlimit")
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    shards: ActivationShards, tmp_path: Path
+) -> None:
+    def run(folder: str, *full: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", FULL, str(shards.folder), str(tmp_path / folder), *full]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    failed = run("full", "full")
+    assert failed.returncode == 1
+    assert "OSError" in failed.stderr
+    saved = Checkpoint.read(tmp_path / "full")
+    assert saved is not None
+    assert saved.counters.step == 7
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    assert run("full").returncode == 0, run("full").stderr
+    assert run("whole").returncode == 0
+    expected = FastSAE.load(tmp_path / "whole").state_dict()
+    found = FastSAE.load(tmp_path / "full").state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
 
 
 def test_no_rows(write_rows: Callable[[Tensor], ActivationShards], tmp_path: Path) -> None:

@@ -20,11 +20,14 @@ class Averages:
         self.dead = 0
         self.sums: dict[str, Tensor | float] = dict.fromkeys(("loss", "aux_loss", "l0"), 0.0)
         self.fvu: Tensor | float = 0.0
+        self.losses: dict[int, Tensor] = {}
+        """By step."""
         self.varied: Tensor | int = 0
         """Steps that had an FVU."""
 
-    def add(self, figures: StepFigures, tokens: int) -> None:
-        """Counts a step."""
+    def add(self, figures: StepFigures, tokens: int, step: int) -> None:
+        """Counts the step of that number."""
+        self.losses[step] = figures.loss + figures.aux_loss
         self.steps += 1
         self.tokens += tokens
         self.dead = figures.dead
@@ -38,6 +41,11 @@ class Averages:
         means = {name: float(total) / self.steps for name, total in self.sums.items()}
         varied = int(self.varied)
         return means | {"fvu": float(self.fvu) / varied if varied else math.nan}
+
+    def first_not_finite(self, last: int) -> int:
+        """The first step with a loss that is NaN or infinite; ``last`` where none has."""
+        bad = (step for step, loss in self.losses.items() if not math.isfinite(float(loss)))
+        return next(bad, last)
 
     def is_finite(self) -> bool:
         """Whether every loss since the last line was neither NaN nor infinite."""

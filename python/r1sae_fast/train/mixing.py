@@ -124,6 +124,11 @@ class MixingLoader:
         return self._batch([self._order[self._given : self._given + rows]])
 
     @property
+    def texts(self) -> int:
+        """Of this epoch, in the buffer or handed out."""
+        return self._texts
+
+    @property
     def is_at_start(self) -> bool:
         """Whether nothing was handed out yet."""
         return self._epoch == 0 and self._given == 0 and self._fillings <= 1

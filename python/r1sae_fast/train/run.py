@@ -16,6 +16,7 @@ from r1sae_fast.shards import PairedShards
 from r1sae_fast.shards.loader import ShardLoader
 from r1sae_fast.train import checkpoint
 from r1sae_fast.train.averages import Averages
+from r1sae_fast.train.blame import rows_of
 from r1sae_fast.train.checkpoint import Checkpoint, Counters
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.engine_rows import EngineRows
@@ -214,7 +215,7 @@ class Run:
             counters.tokens += x.shape[0]
             counters.left_out += rows.left_out
             if figures is not None:
-                averages.add(figures, x.shape[0])
+                averages.add(figures, x.shape[0], counters.step)
             self._resample(rows)
             last = counters.step == config.steps or stop
             # A checkpoint goes with a line, so that a resumed run's means are over the same
@@ -226,10 +227,11 @@ class Run:
             late = first and time.monotonic() - saved > checkpoint_seconds
             diverged, due = self.ranks.agree(not finite, last or late)
             if diverged:
+                at = averages.first_not_finite(counters.step)
                 raise TrainingDivergedError(
-                    f"loss or weights are not finite by step {counters.step}; the last "
-                    f"checkpoint in {self.folder} was kept: lower the learning rate, and train "
-                    "into another folder"
+                    f"loss or weights are not finite at step {at}, which took "
+                    f"{rows_of(self.loader, at)}; the last checkpoint in {self.folder} was kept: "
+                    "look at these rows, or lower the learning rate and train into another folder"
                 )
             if averages.tokens:
                 line = self._metrics(averages, rate)

@@ -27,6 +27,7 @@ exec(compile(program, "program", "exec"), space)
 known = space["before"]() if "before" in space else None
 failed = []
 for number, (data, latents) in enumerate(space["layouts"]):
+    space["number"] = number
     children = []
     for rank in range(data * latents):
         child = os.fork()
