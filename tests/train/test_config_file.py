@@ -138,3 +138,10 @@ def test_the_command_with_an_engine_and_a_sweep(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     assert run.output.count("time: data ") == 2
     assert [FastSAE.load(tmp_path / "saes" / f"k={k}").k for k in (2, 3)] == [2, 3]
+
+
+def test_a_device_that_there_is_not(tmp_path: Path) -> None:
+    text = "shards = 'a'\nout = 'b'\nd_sae = 4\nk = 2\ndevice = 'cudaa'\n"
+    run = CliRunner().invoke(app, ["train", str(write(tmp_path / "run.toml", text))])
+    assert run.exit_code == 1
+    assert "device is 'cudaa', which torch does not know" in run.stderr

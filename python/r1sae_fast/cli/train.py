@@ -148,6 +148,7 @@ def train(
         if k is None and mode != "relu" and sparsity_loss in (None, "target"):
             settings["k"] = 16
         config = TrainConfig(**settings)
+    check_device(device)
     how: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
     sweep = None if file is None else file.sweep
     narrowest = min(one.d_sae for one in (sweep or {"": config}).values())
@@ -187,6 +188,18 @@ def train(
             tell(result.sae, result.folder, activations, evaluate_rows)
     if any(result.error is not None for result in results):
         raise typer.Exit(1)
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where torch knows no such device."""
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f'device is {device!r}, which torch does not know; expected such as "cpu" or "cuda"'
+        ) from None
 
 
 def opened(file: TrainFile | None, shards: Path, targets: Path | None, device: str) -> Source:
