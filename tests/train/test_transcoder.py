@@ -95,8 +95,10 @@ def test_gradients_are_those_of_the_definition(
     mine = Learner(config, d_in, CPU, transcodes=True, **WAYS[way])
     generator = torch.Generator().manual_seed(seed)
     for tensor in mine.parameters.values():
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
-    x, y = torch.randn(2, rows, d_in, generator=generator)
+        tensor.copy_(torch.randint(-8, 9, tensor.shape, generator=generator) / 8)
+    # Products of such numbers are exact, in whatever order they are added up: no pre-activation is
+    # on the one side of an edge here and on the other there.
+    x, y = torch.randint(-8, 9, (2, rows, d_in), generator=generator) / 8
     weights = {name: tensor.clone().requires_grad_() for name, tensor in mine.parameters.items()}
     defined = LOSSES[config.mode].definition(weights, x, config, 0.75, y)
     defined.loss.backward()

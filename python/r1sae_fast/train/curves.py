@@ -84,19 +84,20 @@ def _draw(axes: Any, panel: _Panel, runs: dict[str, list[dict[str, Any]]]) -> No
     from matplotlib.ticker import LogLocator, NullLocator
 
     largest = 0.0
+    unit = 1e6 if max(line["tokens"] for of in runs.values() for line in of) >= 1e6 else 1e3
     for name, lines in runs.items():
         found = (line.get(panel.key) for line in lines)
         values = [math.nan if value is None else panel.factor * value for value in found]
         largest = max(largest, *(value for value in values if not math.isnan(value)), 0.0)
         axes.plot(
-            [line["tokens"] / 1e6 for line in lines],
+            [line["tokens"] / unit for line in lines],
             values,
             label=name,
             linewidth=1.3,
             marker="o" if len(lines) == 1 else None,
         )
     axes.set_title(panel.title)
-    axes.set_xlabel("tokens (millions)")
+    axes.set_xlabel(f"tokens ({'millions' if unit > 1e3 else 'thousands'})")
     axes.grid(alpha=0.25, linewidth=0.5)
     if panel.logarithmic:
         axes.set_yscale("log")
