@@ -25,6 +25,8 @@ from quality.contenders import NAMES, contender
 from quality.data import Task, prepare
 from quality.scoring import score
 from r1sae_fast.shards import ActivationShards
+from r1sae_fast.train import metrics
+from r1sae_fast.train.metrics import read_lines, time_shares
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,6 +96,8 @@ def run(chosen: argparse.Namespace) -> None:
         before, start = _cpu(), time.perf_counter()
         sae = train(task, float(rate) if rate else None)
         seconds, cpu = time.perf_counter() - start, _cpu() - before
+        # Of ours alone.
+        shares = time_shares(read_lines(own / "run" / metrics.FILE))
     found: dict[str, Any] = {
         "name": chosen.child,
         "tokens": task.tokens,
@@ -103,6 +107,7 @@ def run(chosen: argparse.Namespace) -> None:
         "tokens_per_cpu_second": task.tokens / cpu,
         "threads": torch.get_num_threads(),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "time_shares": shares,
     }
     if chosen.speed:
         print(json.dumps(found))
@@ -136,6 +141,8 @@ def race(chosen: argparse.Namespace) -> None:
         peak = median(one["peak_bytes"] for one in found) / 1e6
         print(f"{name:34s} {rates[0]:>9,.0f} tokens/s {rates[1]:>9,.0f} a CPU second "
               f"{peak:>7,.0f} MB")  # fmt: skip
+        if shares := found[-1]["time_shares"]:
+            print("    " + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
 
 
 _RATES = ("tokens_per_second", "tokens_per_cpu_second")

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 # The rows' 32 features matter alike: fewer that must do alone would be mixtures of them.
 ARCHITECTURES: list[dict[str, Any]] = [
-    {"mode": "matryoshka", "k": 2, "matryoshka_widths": [40, 48]},
+    {"mode": "matryoshka", "k": 2, "matryoshka_widths": [40, 48], "topk_warmup": 0.6},
     {"mode": "jumprelu", "k": 2},
     {
         "mode": "jumprelu",
@@ -113,6 +113,36 @@ def test_the_saved_sae_takes_raw_activations(
     if "k" not in settings:
         assert sae.k == max(1, round(run.learner.l0))
         assert sae.k == pytest.approx(evaluate(sae, shards, progress=False).l0, abs=1)
+
+
+def test_rows_share_their_codes_after_the_warmup(shards: ActivationShards, tmp_path: Path) -> None:
+    def weights(mode: str, share: float | None) -> dict[str, Tensor]:
+        settings = config({"mode": mode, "k": 2, "topk_warmup": share})
+        sae = train(shards, tmp_path / f"{mode}-{share}", settings, progress=False)
+        return sae.state_dict()
+
+    topk, of_rows, half = (
+        weights("topk", None), weights("batch_topk", 1.0), weights("batch_topk", 0.5)
+    )  # fmt: skip
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert torch.equal(topk[name], of_rows[name]), name
+        assert not torch.equal(topk[name], half[name]), name
+
+
+def test_a_run_of_before_there_were_row_by_row_steps(
+    shards: ActivationShards, tmp_path: Path
+) -> None:
+    old = config({"mode": "batch_topk", "k": 2}, topk_warmup=0.0)
+    train(shards, tmp_path / "sae", old, progress=False)
+    saved = checkpoints.Checkpoint.read(tmp_path / "sae")
+    assert saved is not None
+    del saved.identity["topk_warmup"]
+    saved.identity["beta2"] = 0.99  # as it would be for so few steps now
+    saved.write(tmp_path / "sae")
+    for same in (old, replace(old, topk_warmup=None)):
+        train(shards, tmp_path / "sae", same, progress=False)
+    with pytest.raises(ValueError, match=r"topk_warmup = 0\.0, not 0\.5"):
+        train(shards, tmp_path / "sae", replace(old, topk_warmup=0.5), progress=False)
 
 
 def test_a_run_of_before_there_were_so_many_settings(

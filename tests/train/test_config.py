@@ -22,6 +22,8 @@ from r1sae_fast.train import TrainConfig
         ({"learning_rate": -1.0}, "learning_rate is -1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"beta2": 1.0}, "beta2 is 1"),
+        ({"topk_warmup": 1.5}, "topk_warmup is 1.5"),
+        ({"topk_warmup": 0.5, "mode": "topk"}, "topk_warmup is given with mode 'topk'"),
         ({"warmup": 1.5}, "warmup is 1.5"),
         ({"gradient_clip": 0.0}, "gradient_clip is 0"),
         ({"outlier_factor": 0.5}, "outlier_factor is 0.5"),
@@ -115,3 +117,27 @@ def test_the_default_rate_grows_as_runs_get_shorter() -> None:
     assert [round(peak(steps, k=4), 2) for steps in (10**6, 30_000, 3000, 100)] == [1, 1, 5.01, 20]
     assert round(peak(300, mode="relu"), 2) == 10
     assert peak(300, k=4, learning_rate=2e-4) == 1
+
+
+def test_adam_looks_back_over_a_tenth_of_the_run() -> None:
+    def memory(steps: int, **settings: Any) -> int:
+        config = TrainConfig(d_sae=64, tokens=steps, batch_size=1, beta1=0.5, **settings)
+        assert config.betas[0] == 0.5
+        return round(1 / (1 - config.betas[1]))
+
+    assert [memory(steps, k=4) for steps in (10, 2500, 10**6)] == [100, 250, 1000]
+    assert memory(10, mode="relu") == 1000
+    assert memory(10, k=4, beta2=0.75) == 4
+
+
+def test_rows_share_codes_from_a_third_of_the_run_on() -> None:
+    def first_shared(steps: int, mode: str = "batch_topk", share: float | None = None) -> int:
+        config = TrainConfig(
+            d_sae=64, k=4, mode=mode, tokens=steps, batch_size=1, topk_warmup=share
+        )
+        return next((step for step in range(steps) if not config.row_by_row(step)), steps)
+
+    assert [first_shared(steps) for steps in (1, 399, 400, 1000)] == [0, 0, 120, 300]
+    assert first_shared(1000, "matryoshka") == 300
+    assert first_shared(1000, "topk") == first_shared(1000, "jumprelu") == 0
+    assert [first_shared(10, share=share) for share in (0.0, 0.35, 1.0)] == [0, 4, 10]

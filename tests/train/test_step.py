@@ -211,6 +211,46 @@ def test_tied_keeps_one_matrix() -> None:
     assert mine.decoder is mine.parameters["encoder"]
 
 
+@pytest.mark.parametrize("mode", ["topk", "batch_topk", "matryoshka"])
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_the_first_encoder_is_of_the_size_that_explains_most(mode: str, steps: int) -> None:
+    config = TrainConfig(d_sae=64, k=4, mode=mode, tokens=steps, batch_size=1)
+    mine = Learner(config, 16, CPU)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 16, generator=generator) * torch.rand(500, 1, generator=generator)
+    mine.start(x)
+    torch.testing.assert_close(mine.decoder.norm(dim=1), torch.ones(64))
+    encoder = mine.parameters["encoder"]
+    size = encoder.norm(dim=1)
+    torch.testing.assert_close(size, size[:1].expand(64))
+    torch.testing.assert_close(encoder / size[:, None], mine.decoder)
+    # Of all sizes: the error is then orthogonal to what the codes make.
+    rule = "batch_topk" if mode != "topk" and steps < 400 else "topk"
+    made = selected(x @ encoder.T, 4, rule) @ mine.decoder
+    assert abs(float(((x - made) * made).sum() / made.square().sum())) < 1e-4
+
+
+def test_the_first_encoder_of_tied_ones_and_of_rows_that_say_nothing() -> None:
+    for config in (TrainConfig(64, 4, tied=True), TrainConfig(64, 4)):
+        mine = Learner(config, 16, CPU)
+        mine.start(torch.randn(50, 16) if config.tied else torch.zeros(50, 16))
+        torch.testing.assert_close(mine.parameters["encoder"].norm(dim=1), torch.ones(64))
+
+
+def test_steps_row_by_row_are_those_of_topk() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(90, 16, generator=generator) * torch.rand(90, 1, generator=generator)
+    of_rows, shared, topk = (
+        learner(16, 0, d_sae=64, k=4, mode=mode) for mode in ("batch_topk", "batch_topk", "topk")
+    )
+    of_rows.step(x, 1e-2, row_by_row=True)
+    shared.step(x, 1e-2)
+    topk.step(x, 1e-2)
+    for name, tensor in topk.parameters.items():
+        assert torch.equal(tensor, of_rows.parameters[name]), name
+        assert not torch.equal(tensor, shared.parameters[name]), name
+
+
 def test_steps_lower_the_loss() -> None:
     mine = Learner(TrainConfig(d_sae=64, k=4), 16, CPU)
     x = torch.randn(512, 16, generator=torch.Generator().manual_seed(0))

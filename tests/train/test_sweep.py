@@ -151,10 +151,12 @@ def test_one_that_diverges_ends_alone(
 ) -> None:
     step = Learner.step
 
-    def poisoned(self: Learner, x: Tensor, rate: float, share: float, target: None) -> object:
+    def poisoned(
+        self: Learner, x: Tensor, rate: float, share: float, target: None, *, row_by_row: bool
+    ) -> object:
         if self.config.seed == 1 and self.unfired_tokens.max() >= 0 and poison:
             self.parameters["b_dec"][0] = float("nan")
-        return step(self, x, rate, share, target)
+        return step(self, x, rate, share, target, row_by_row=row_by_row)
 
     poison = True
     monkeypatch.setattr(Learner, "step", poisoned)

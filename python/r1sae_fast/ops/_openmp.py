@@ -19,8 +19,8 @@ import torch
 
 __all__ = ["release_threads"]
 
-LONG = 1 << 22
-"""Numbers read by work that takes milliseconds."""
+LONG = 1 << 20
+"""Numbers read by work that takes much longer than making threads anew."""
 _SOFT = 1  # omp_pause_soft: settings are kept
 
 

@@ -11,11 +11,13 @@ MODES = ("batch_topk", "topk", "matryoshka", "jumprelu", "relu")
 SPARSITIES = ("target", "l0", "tanh")
 ADAMS = ("dense", "sparse")
 _PENALISED = ("jumprelu", "relu")
+_SHARED_CODES = ("batch_topk", "matryoshka")
 _BELONGS = {
     ("matryoshka_widths",): ("matryoshka",),
     ("sparsity_loss", "bandwidth", "tanh_scale"): ("jumprelu",),
     ("sparsity_coefficient", "sparsity_warmup"): _PENALISED,
     ("threshold_decay",): ("batch_topk", "topk", "matryoshka"),
+    ("topk_warmup",): _SHARED_CODES,
 }
 """Settings that only some architectures know: who gives them to another one expects too much."""
 _COEFFICIENTS = {"target": 1.0, "l0": 0.001, "tanh": 0.001, "relu": 0.08}
@@ -43,7 +45,9 @@ class TrainConfig:
             20-fold (with jumprelu and relu the square root, up to tenfold): a short run has no
             time for small steps (found on TinyR1's residuals).
         beta1: Adam's decay of the mean gradient.
-        beta2: Adam's decay of the mean squared gradient.
+        beta2: Adam's decay of the mean squared gradient; default such that it looks back over a
+            tenth of the run, from 100 to 1000 steps (0.99 to 0.999; with jumprelu and relu 0.999):
+            longer, and the large gradients of the first steps would hold a short run back.
         adam: "dense": the moments of a row whose feature has no codes decay and it moves on, as in
             ``torch.optim.Adam``; "sparse" (CPU only): it is left as it is, moments too, as in
             ``torch.optim.SparseAdam``, which saves its share of the memory traffic.
@@ -60,6 +64,10 @@ class TrainConfig:
             run, from 10 to 1000 steps.
         skip_connection: a transcoder (which reads one activation and makes another) also has a
             matrix from its input straight to its output (arXiv:2501.18823).
+        topk_warmup: of batch_topk and matryoshka: share of the steps, at the start, in which each
+            row has its own k codes. Pre-activations of features that still point anywhere grow
+            with a row's norm, so that the largest rows would take nearly all codes; default 0.3,
+            and 0 in runs of less than 400 steps, which have no time to get used to the change.
         outlier_factor: rows whose norm exceeds the median by this factor (attention sinks, the
             first token) are left out, and counted.
         seed: of the initial weights and the order of rows.
@@ -95,7 +103,7 @@ class TrainConfig:
     batch_size: int = 4096
     learning_rate: float | None = None
     beta1: float = 0.9
-    beta2: float = 0.999
+    beta2: float | None = None
     adam: str = "dense"
     warmup: float = 0.05
     decay: float = 0.3
@@ -104,6 +112,7 @@ class TrainConfig:
     aux_k: int | None = None
     dead_after_tokens: int | None = None
     threshold_decay: float | None = None
+    topk_warmup: float | None = None
     outlier_factor: float = 10.0
     seed: int = 0
     data_seed: int | None = None
@@ -150,8 +159,9 @@ class TrainConfig:
         _number("outlier_factor", self.outlier_factor, 1.0, math.inf)
         if self.sparsity_coefficient is not None:
             _number("sparsity_coefficient", self.sparsity_coefficient, 0.0, math.inf)
-        if self.sparsity_warmup is not None:
-            _number("sparsity_warmup", self.sparsity_warmup, 0.0, 1.0)
+        for name in ("topk_warmup", "sparsity_warmup"):
+            if (share := getattr(self, name)) is not None:
+                _number(name, share, 0.0, 1.0)
         for name in ("bandwidth", "tanh_scale"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 1e-6, math.inf)
@@ -250,6 +260,13 @@ class TrainConfig:
         warm = self.steps * warmup
         return min(1.0, (step + 1) / warm) if warm else 1.0
 
+    def row_by_row(self, step: int) -> bool:
+        """Whether at ``step`` (from 0) each row has its own k codes, where later a batch shares."""
+        share = self.topk_warmup
+        if share is None:
+            share = 0.3 if self.steps >= 400 else 0.0
+        return self.mode in _SHARED_CODES and step < share * self.steps
+
     @property
     def prefixes(self) -> tuple[int, ...]:
         """``matryoshka_widths`` or its default."""
@@ -270,6 +287,14 @@ class TrainConfig:
         power, most = (0.5, 10.0) if self.penalised else (0.7, 20.0)
         shortness = min(max(1.0, math.pow(30_000 / self.steps, power)), most)
         return 2e-4 / math.sqrt(self.d_sae / 2**14) * shortness
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """``beta1``, and ``beta2`` or its default."""
+        if self.beta2 is not None:
+            return self.beta1, self.beta2
+        memory = 1000.0 if self.penalised else min(max(self.steps / 10, 100.0), 1000.0)
+        return self.beta1, 1.0 - 1.0 / memory
 
     @property
     def threshold_memory(self) -> float:

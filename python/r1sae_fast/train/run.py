@@ -73,8 +73,9 @@ class Run:
                 f"{folder}: holds a run already; give another folder, or resume=True to go on"
             )
         if saved is not None:
-            # A run of before there was a choice.
-            identity = {"adam": "dense", "skip_connection": False} | saved.identity
+            identity = _of_before(config) | saved.identity
+            if config.beta2 is None and identity.get("beta2") == config.betas[1]:
+                identity["beta2"] = None  # once the default was a number
             checkpoint.require_same(folder / checkpoint.FILE, identity, self.identity)
             at = saved.counters
             aim = saved.target_centre
@@ -87,7 +88,7 @@ class Run:
             self.standardisation = self._measured() if like is None else like.standardisation
         self.learner = Learner(config, shards.d_in, device, ranks=ranks, transcodes=self.transcodes)
         self.clock = self.learner.clock
-        if saved is None and config.mode == "jumprelu":
+        if saved is None:
             rows = draw(shards, _FIRST_ROWS, config.order_seed)
             self.learner.start(self.standardisation.apply(rows, device).x)
         # An engine makes as many rows as are asked for.
@@ -210,7 +211,10 @@ class Run:
             self.clock.lap()
             rate = config.rate(counters.step)
             share = config.sparsity_share(counters.step)
-            figures = self.learner.step(x, rate, share, rows.target) if x.shape[0] else None
+            alone = config.row_by_row(counters.step)
+            figures = None
+            if x.shape[0]:
+                figures = self.learner.step(x, rate, share, rows.target, row_by_row=alone)
             counters.step += 1
             counters.tokens += x.shape[0]
             counters.left_out += rows.left_out
@@ -318,3 +322,9 @@ def _check_transcoder(config: TrainConfig, transcodes: bool) -> None:
             "tied is True with targets: a transcoder reads one activation and makes another, so "
             "encoder and decoder can't be one matrix; leave tied out"
         )
+
+
+def _of_before(config: TrainConfig) -> dict[str, Any]:
+    """What a run had for ``config`` before there was a choice."""
+    shared = 0.0 if config.row_by_row(0) else config.topk_warmup
+    return {"adam": "dense", "skip_connection": False, "topk_warmup": shared}

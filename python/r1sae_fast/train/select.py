@@ -7,6 +7,7 @@ from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
+from r1sae_fast.train.losses.base import Finder
 
 
 class DenseFinder:
@@ -34,3 +35,20 @@ class DenseFinder:
 
     def _pre_activations(self, x: Tensor) -> Tensor:
         return torch.addmm(self.b_enc, x, self.encoder.T)
+
+
+class RowByRow:
+    """Finds each row's own k codes where the k of all rows together are asked for."""
+
+    def __init__(self, finder: Finder) -> None:
+        self._finder = finder
+
+    def topk(self, x: Tensor, k: int, *, check_finite: bool) -> SparseCodes:
+        """The k strongest of each row."""
+        return self._finder.topk(x, k, check_finite=check_finite)
+
+    batch_topk = topk
+
+    def threshold(self, x: Tensor, theta: Tensor | float, *, check_finite: bool) -> SparseCodes:
+        """As found."""
+        return self._finder.threshold(x, theta, check_finite=check_finite)

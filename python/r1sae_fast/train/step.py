@@ -23,9 +23,9 @@ from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.clock import Clock
 from r1sae_fast.train.config import TrainConfig
 from r1sae_fast.train.gradients import Auxiliary, Weights
-from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu, transcoder
+from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu, topk, transcoder
 from r1sae_fast.train.parallel import ALONE, Ranks
-from r1sae_fast.train.select import DenseFinder
+from r1sae_fast.train.select import DenseFinder, RowByRow
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,19 @@ class Learner:
             least = self.ranks.least
             first = jumprelu.first_log_threshold(self.sae(), x, self.config, least)
             self.parameters["log_threshold"].fill_(first)
+        elif not (self.config.penalised or self.config.tied or self.transcodes):
+            self._fit_encoder(x)
+
+    @torch.no_grad()
+    def _fit_encoder(self, x: Tensor) -> None:
+        """Scales the encoder such that the first codes explain the rows best: of norm 1 as the
+        decoder it makes them too large (arXiv:2406.04093, A.1, has norms match instead)."""
+        sae = self.sae(self.config.row_by_row(0))
+        made = sae.decode(topk.find(sae, x, self.config))
+        # Each code is what its direction has of x, so the numerator is no less than 0.
+        scale = float((made * x).sum() / made.square().sum())
+        if 0.0 < scale < math.inf:
+            self.parameters["encoder"].mul_(scale)
 
     @property
     def decoder(self) -> Tensor:
@@ -138,15 +151,22 @@ class Learner:
 
     @torch.no_grad()
     def step(
-        self, x: Tensor, learning_rate: float, sparsity: float = 1.0, target: Tensor | None = None
+        self,
+        x: Tensor,
+        learning_rate: float,
+        sparsity: float = 1.0,
+        target: Tensor | None = None,
+        *,
+        row_by_row: bool = False,
     ) -> StepFigures:
         """Learns from standardised rows ``x [n, d_in]``, n at least 1.
 
         Args:
             sparsity: share of the sparsity loss that is in force, where there is one.
             target: ``[n, d_in]`` standardised, what a transcoder is to make of x.
+            row_by_row: whether each row has its own k codes, even where rows share them.
         """
-        figures, gradients = self.gradients(x, sparsity, target)
+        figures, gradients = self.gradients(x, sparsity, target, row_by_row=row_by_row)
         plain: dict[str, Tensor] = {}
         for name, gradient in gradients.items():
             if isinstance(gradient, FactoredGradient):
@@ -177,7 +197,7 @@ class Learner:
         for name, parameter in self.parameters.items():
             settings = Settings(
                 learning_rate,
-                betas=(config.beta1, config.beta2),
+                betas=config.betas,
                 untouched="decay" if config.adam == "dense" else "freeze",
                 unit_rows=name == "decoder",
             )
@@ -195,7 +215,7 @@ class Learner:
         return ((asleep == 0) | biases_moved).nonzero().flatten()
 
     def _make_torch_adam(self) -> torch.optim.Optimizer:
-        rate, betas = self.config.peak_learning_rate, (self.config.beta1, self.config.beta2)
+        rate, betas = self.config.peak_learning_rate, self.config.betas
         parameters = list(self.parameters.values())
         adam = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
         for name, parameter in self.parameters.items():
@@ -223,11 +243,16 @@ class Learner:
 
     @torch.no_grad()
     def gradients(
-        self, x: Tensor, sparsity: float = 1.0, target: Tensor | None = None
+        self,
+        x: Tensor,
+        sparsity: float = 1.0,
+        target: Tensor | None = None,
+        *,
+        row_by_row: bool = False,
     ) -> tuple[StepFigures, dict[str, Tensor | FactoredGradient]]:
         """Figures, and the gradient of each parameter by its name; counts what fired."""
         config = self.config
-        sae = self.sae()
+        sae = self.sae(row_by_row)
         forward = LOSSES[config.mode].forward(sae, x, config, sparsity, target)
         self.found = self.ranks.total(forward.found) / x.shape[0]
         codes, error = forward.fired, forward.error
@@ -274,9 +299,11 @@ class Learner:
     def _weights(self) -> Weights:
         return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
 
-    def sae(self) -> Sae:
+    def sae(self, row_by_row: bool = False) -> Sae:
         """As losses see it."""
         find = self.ranks.finder(self._finder(), self.features)
+        if row_by_row:
+            find = RowByRow(find)
         return Sae(self.parameters, find, self._decode, self.ranks.total, self.first)
 
     def _finder(self) -> Finder:
@@ -335,7 +362,7 @@ class Learner:
             state = self.adam_state[name]
             # The shared ones are trained alike by all.
             if parameter.dim() == 1 and name not in _SHARED and "asleep" in state:
-                settle(state, (self.config.beta1, self.config.beta2))
+                settle(state, self.config.betas)
                 state["asleep"].zero_()
 
     def load_tensors(self, state: dict[str, Tensor]) -> None:
@@ -349,7 +376,7 @@ class Learner:
                 if key.startswith(prefix)
             }
             if not self.in_factors and "asleep" in parts:  # torch's Adam knows of no sleep
-                settle(parts, (self.config.beta1, self.config.beta2))
+                settle(parts, self.config.betas)
                 del parts["asleep"], parts["least_rate"]
             # In place: torch's Adam, where it is used, holds the same dict.
             self.adam_state[name].clear()

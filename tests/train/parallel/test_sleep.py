@@ -31,6 +31,6 @@ def test_vectors_wake_where_features_are_split(ranks: Alone, size: int) -> None:
     alone = size == 32
     # Six decays were missed. One process's state is left as it is.
     assert state["asleep"].tolist() == [4 if alone else 0]
-    for name, beta in (("exp_avg", config.beta1), ("exp_avg_sq", config.beta2)):
+    for name, beta in zip(("exp_avg", "exp_avg_sq"), config.betas, strict=True):
         expected = torch.full((size,), 1.0 if alone else beta**6)
         torch.testing.assert_close(state[name], expected)

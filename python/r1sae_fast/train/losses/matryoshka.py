@@ -12,8 +12,11 @@ such level: the gradients take as much work as BatchTopK's, and one array of row
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from r1sae_fast.codes import SparseCodes
 from r1sae_fast.train.config import TrainConfig
@@ -25,7 +28,6 @@ from r1sae_fast.train.losses.base import (
     Part,
     Sae,
     decoder,
-    only,
     pre_activations,
 )
 
@@ -54,22 +56,34 @@ def forward(
     """The loss of standardised rows ``x [rows, d_in]``; ``share`` has no say in it."""
     del share
     codes = topk.find(sae, x, config)
-    levels = split(codes, config.prefixes, sae.first)
-    error, errors = transcoder.error(sae, torch.zeros_like(x), x, target), []
-    for level in levels:
-        error = sae.decode(level).add_(error)
-        errors.append(error)
-    squares = torch.stack([one.square().sum() for one in errors])
-    sums = [error]
-    for wider in reversed(errors[:-1]):
-        sums.insert(0, wider.add_(sums[0]))
-    parts = [Part(*both) for both in zip(levels, sums, strict=True)]
-    return Forward(codes, squares.sum() / x.numel(), error, squares[-1], parts, sums[0], codes.nnz)
+    stacked = by_level(codes, config.prefixes, sae.first)
+    # One decoding for all levels: each call of its own has to wait for threads.
+    made = sae.decode(stacked).view(len(config.prefixes), *x.shape)
+    transcoder.error(sae, made[0], x, target)
+    errors = made.unbind()
+    for narrower, wider in pairwise(errors):
+        wider.add_(narrower)
+    squares = torch.linalg.vector_norm(made.flatten(1), dim=1).square()
+    # In the errors' place what all from a level on sum up to; the last one stays.
+    for wider, narrower in pairwise(reversed(errors)):
+        narrower.add_(wider)
+    parts = [
+        Part(stacked[level * x.shape[0] : (level + 1) * x.shape[0]], total)
+        for level, total in enumerate(errors)
+    ]
+    return Forward(
+        codes, squares.sum() / x.numel(), errors[-1], squares[-1], parts, errors[0], codes.nnz
+    )
 
 
-def split(codes: SparseCodes, prefixes: tuple[int, ...], first: int = 0) -> list[SparseCodes]:
-    """The codes of each level, in order: of features from the width before up to its own.
-    ``first`` is the number of the codes' first feature."""
-    bounds = torch.tensor(prefixes, device=codes.device) - first
-    level = torch.bucketize(codes.indices, bounds, right=True)
-    return [only(codes, level == number) for number in range(len(prefixes))]
+def by_level(codes: SparseCodes, prefixes: tuple[int, ...], first: int = 0) -> SparseCodes:
+    """The codes of each level, the rows of a level below those of the one before: ``levels *
+    rows`` rows. A level has the features from the width before up to its own; ``first`` is the
+    number of the codes' first feature."""
+    bounds = torch.tensor(prefixes, device=codes.device, dtype=codes.indices.dtype) - first
+    level = torch.bucketize(codes.indices, bounds, right=True, out_int32=True)
+    row = level * codes.rows + codes.row_ids.to(torch.int32)
+    order = row.argsort(stable=True)
+    counts = torch.bincount(row, minlength=len(prefixes) * codes.rows)
+    offsets = F.pad(counts.cumsum(0), (1, 0))
+    return SparseCodes(codes.values[order], codes.indices[order], offsets, codes.d_sae)
