@@ -100,6 +100,7 @@ def train(
     from r1sae_fast.train import SweepResult, TrainConfig, read_train_file, train_sweep
     from r1sae_fast.train import train as run
     from r1sae_fast.train.loggers import logging_to
+    from r1sae_fast.train.loggers import require as require_loggers
     from r1sae_fast.train.parallel.run import (
         is_first,
         is_launched,
@@ -153,6 +154,7 @@ def train(
     sweep = None if file is None else file.sweep
     narrowest = min(one.d_sae for one in (sweep or {"": config}).values())
     many = in_processes(layout, processes, narrowest)
+    require_loggers(log)
     if many is not None and not is_launched():
         if file is None or file.data is None:
             # What is wrong with them is said once, and not by every process.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,7 @@ def logging_to(
         ValueError: another name.
         MissingExtraError: it isn't installed.
     """
-    unknown = [name for name in names if name not in LOGGERS]
-    if unknown:
-        raise ValueError(
-            f"unknown logger {unknown[0]!r}; expected {' or '.join(LOGGERS)} "
-            "(metrics.jsonl is always written)"
-        )
+    require(names)
     with ExitStack() as stack:
         tellers = [stack.enter_context(LOGGERS[name](folder, settings)) for name in names]
 
@@ -46,6 +42,18 @@ def logging_to(
                 each(name, line)
 
         yield tell if tellers else None
+
+
+def require(names: Sequence[str]) -> None:
+    """Raises what :func:`logging_to` does for loggers that there are not, before it is needed."""
+    for name in names:
+        if name not in LOGGERS:
+            raise ValueError(
+                f"unknown logger {name!r}; expected {' or '.join(LOGGERS)} "
+                "(metrics.jsonl is always written)"
+            )
+        if find_spec(name) is None:
+            raise _missing(name, ModuleNotFoundError(f"No module named {name!r}"))
 
 
 @contextmanager
