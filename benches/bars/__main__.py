@@ -36,7 +36,7 @@ SECTIONS: dict[str, Run] = {
     "P5": lambda s, a: heaps.heaps(a.folder, s, a.code_rows, a.rounds),
     "P6": lambda s, a: shards.gathers(a.folder, s, a.rows, a.rounds),
     "P9-heaps": lambda s, a: growth.heaps(a.folder, s, a.code_rows),
-    "P9-shards": lambda s, a: growth.reading(a.folder, a.growth_rows),
+    "P9-shards": lambda s, a: growth.reading(a.folder, s, a.rows),
     "P9-encode": lambda s, a: growth.encoding(a.folder, a.growth_rows),
 }
 
@@ -47,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="r1")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=1 << 17, help="rows of activations for P6")
+    parser.add_argument("--rows", type=int, default=1 << 17, help="rows for P6 and P9")
     parser.add_argument("--code-rows", type=int, default=1 << 21, help="rows of codes for P5")
-    parser.add_argument("--growth-rows", type=int, default=500_000, help="the most rows for P9")
+    parser.add_argument("--growth-rows", type=int, default=500_000, help="the most that P9 encodes")
     parser.add_argument("--folder", type=Path, help="where P5 and P6 keep their shards")
     parser.add_argument("--json", type=Path, help="append what is found, a JSON line a section")
     parser.add_argument("--prepare", action="store_true", help="write P5's and P6's shards only")

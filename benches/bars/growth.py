@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from bars.report import Bar, Section
 from bars.shards import warm, write_rows
 from harness.memory import PeakAnonymous
 from harness.shapes import SHAPES, Shape
+from harness.timing import timed
 from r1sae_fast.encode import encode_shards
 from r1sae_fast.examples import collect_examples
 from r1sae_fast.shards import ActivationShards, CodeShards
 
 MEGABYTE = 1 << 20
 BATCH = 2048
+TIMES = 3
+"""How often each size is timed."""
 
 
 def grown(name: str, sizes: list[int], work: Callable[[int], Callable[[], object]]) -> list[Bar]:
@@ -31,9 +34,7 @@ def grown(name: str, sizes: list[int], work: Callable[[int], Callable[[], object
         call = work(size)
         call()
         with PeakAnonymous() as peak:
-            start = time.perf_counter()
-            call()
-            took = time.perf_counter() - start
+            took = statistics.median(timed(call) for _ in range(TIMES))
         if seconds:
             factor = took / seconds
             more = (peak.grown - memory) / MEGABYTE
@@ -55,9 +56,9 @@ def heaps(folder: Path, shape: Shape, rows: int) -> Section:
     return Section([], grown("heaps", [rows // 100, rows // 10, rows], work))
 
 
-def reading(folder: Path, rows: int) -> Section:
-    """A shuffled epoch of activation shards."""
-    d_in = SHAPES["small"].d_in
+def reading(folder: Path, shape: Shape, rows: int) -> Section:
+    """A shuffled epoch of activation shards, in batches of which the smallest size has several."""
+    d_in, batch = shape.d_in, min(BATCH, max(1, rows // 500))
 
     def work(size: int) -> Callable[[], object]:
         place = folder / f"rows-{size}-{d_in}"
@@ -65,7 +66,7 @@ def reading(folder: Path, rows: int) -> Section:
             write_rows(place, d_in, size)
         shards = ActivationShards(place)
         warm(*shards.paths)
-        loader = shards.loader(BATCH, seed=0)
+        loader = shards.loader(batch, seed=0)
         return lambda: sum(len(batch) for batch in loader)
 
     return Section([], grown("shuffled epoch", [rows // 100, rows // 10, rows], work))

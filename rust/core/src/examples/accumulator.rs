@@ -4,6 +4,7 @@ use super::histogram::BINS;
 use super::kept::Kept;
 use super::samples::MAX_PER_BIN;
 use super::scan::Scan;
+use super::stage::LINE;
 use crate::simd::Simd;
 use crate::{Error, Result};
 
@@ -14,7 +15,7 @@ const MAX_N: usize = 65_535;
 ///
 /// Memory: `d_sae * (12 n + 8 BINS + 24)` bytes and `16 samples + 5` for each bin of a feature
 /// that has been active, however many rows are added; up to as much again while a large batch is
-/// added, which must be all or nothing; and for each thread that adds `136 d_sae` bytes and 2 KB of
+/// added, which must be all or nothing; and for each thread that adds `64 d_sae` bytes and 2 KB of
 /// activations put aside for every 128 features.
 #[derive(Debug)]
 pub struct Accumulator {
@@ -54,10 +55,10 @@ impl Accumulator {
             )));
         }
         // Ask before taking: a failed allocation further down would abort the process. Cells are
-        // numbered in 32 bits, and so are the bytes of a scan's lines and cells.
+        // numbered in 32 bits, and so are the bytes of a scan's lines.
         let bytes = d_sae.checked_mul(12 * n + 8 * BINS + 24);
         let cells = d_sae
-            .checked_mul(BINS + 32)
+            .checked_mul(BINS.max(LINE))
             .filter(|&cells| u32::try_from(cells).is_ok());
         if cells.is_none()
             || bytes.is_none_or(|bytes| Vec::<u8>::new().try_reserve_exact(bytes).is_err())

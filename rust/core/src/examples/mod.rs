@@ -13,13 +13,18 @@ pub mod collect;
 pub mod heap;
 pub mod histogram;
 mod kept;
+mod lines;
 pub mod merge;
 pub mod samples;
 mod scan;
+mod shards;
 mod stage;
 pub mod sum;
+#[cfg(test)]
+mod tests;
 
 pub use accumulator::{Accumulator, Keep};
 pub use codes::CodesView;
-pub use collect::{collect, collect_shards, ShardFile};
+pub use collect::{collect, collect_shards};
 pub use merge::Parts;
+pub use shards::ShardFile;

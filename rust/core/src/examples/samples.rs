@@ -31,6 +31,19 @@ impl Ranking {
         unmix(unmix(rank) ^ GOLDEN).wrapping_sub(self.key()) as i64
     }
 
+    /// How early a rank is, in eighths of a halving: never less for a lower rank than for a higher
+    /// one.
+    #[inline]
+    pub fn earliness(rank: u64) -> u8 {
+        let halvings = rank.leading_zeros();
+        if halvings > 31 {
+            return u8::MAX;
+        }
+        // The three bits that follow the first that is set.
+        let rest = (rank << halvings) << 1 >> 61;
+        (8 * halvings + 7) as u8 - rest as u8
+    }
+
     const fn key(self) -> u64 {
         mix(self.seed.wrapping_add(GOLDEN))
     }
@@ -78,11 +91,12 @@ impl Samples {
         self.ranking
     }
 
-    /// A row of rank `r` can only enter a full cell if `r.leading_zeros() >= level`. 0 for a cell
-    /// with room.
+    /// A row can only enter a cell if its rank's [`Ranking::earliness`] is at least this: 0 for a
+    /// cell with room.
+    #[inline]
     pub(super) fn level(&self, cell: usize) -> u8 {
         match self.held(cell).last() {
-            Some(&last) if last.1 > 0.0 => last.0.leading_zeros() as u8,
+            Some(&last) if last.1 > 0.0 => Ranking::earliness(last.0),
             _ => 0,
         }
     }
@@ -125,16 +139,15 @@ impl Samples {
             self.slots[cell] = self.cells.len() as u32;
         }
         let end = self.slots[cell] as usize * self.per_bin;
-        let held = &mut self.held[end - self.per_bin..end];
-        let mut at = held.len() - 1;
-        if rank >= held[at].0 && held[at].1 > 0.0 {
-            return;
+        // Each slot keeps the lower rank and hands the other on, without a branch: where a row ends
+        // up can't be foreseen. Ranks differ, so those that are equal belong to an unused slot.
+        let mut rest = (rank, strength);
+        for held in &mut self.held[end - self.per_bin..end] {
+            let before = *held;
+            let first = rest.0 <= before.0;
+            *held = if first { rest } else { before };
+            rest = if first { before } else { rest };
         }
-        while at > 0 && (rank < held[at - 1].0 || held[at - 1].1 == 0.0) {
-            held[at] = held[at - 1];
-            at -= 1;
-        }
-        held[at] = (rank, strength);
     }
 
     /// The cells that hold something.
@@ -236,7 +249,7 @@ mod tests {
                 let before = samples.clone().sorted(2);
                 samples.offer(cell, rank, 1.5);
                 // What the level keeps out would not have entered.
-                if (rank.leading_zeros() as u8) < level {
+                if Ranking::earliness(rank) < level {
                     prop_assert_eq!(before, samples.sorted(2));
                 }
             }
@@ -248,6 +261,22 @@ mod tests {
             prop_assert_eq!(strengths, vec![1.5; expected.len()]);
             prop_assert_eq!(kept, expected);
         }
+    }
+
+    proptest! {
+        #[test]
+        fn lower_ranks_are_no_later(rank: u64, shift in 0u32..64, more in 0u64..1000) {
+            let rank = rank >> shift;
+            let higher = rank.saturating_add(more << (shift / 2));
+            prop_assert!(Ranking::earliness(rank) >= Ranking::earliness(higher));
+        }
+    }
+
+    #[test]
+    fn earliness_is_in_eighths_of_a_halving() {
+        let found =
+            [0, 1, 1 << 32, 1 << 63, (1 << 63) - 1, 9 << 60, u64::MAX].map(Ranking::earliness);
+        assert_eq!(found, [255, 255, 255, 7, 8, 6, 0]);
     }
 
     #[test]

@@ -8,18 +8,21 @@ use super::histogram::{self, BINS};
 use crate::simd::{Level, Simd};
 
 /// Codes that are staged at a time: few, so that the CPU fetches the next while it counts these.
-pub(super) const CHUNK: usize = 128;
+pub(super) const CHUNK: usize = 256;
+/// Places beyond those that are staged, which may be looked at and mean nothing.
+pub(super) const BEYOND: usize = 32;
 
 /// The sum is in a line's upper bits.
 pub(super) const SUM_SHIFT: u32 = 16;
-/// So many strengths add up without a carry: each is below 2^24 * 2^5 units, as a window may lie in
-/// six octaves.
-pub(super) const SUM_TERMS: usize = 1 << (u64::BITS - SUM_SHIFT - 24 - 5);
+/// So many strengths add up without a carry: each is below 2^24 * 2^6 units, as a window may lie in
+/// seven octaves.
+pub(super) const SUM_TERMS: usize = 1 << (u64::BITS - SUM_SHIFT - 24 - 6);
 
 const MANTISSA_BITS: i32 = 23;
 
 /// Where and how the scan counts an activation. Bins `base..base + WINDOW` of feature `f` are at
-/// byte `f * LINE + FIRST` of its memory and after; the byte that follows them stands for all others.
+/// byte `f * LINE + FIRST` of its memory and after, [`CELL`] bytes each; the cell that follows them
+/// stands for all others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     base: u32,
@@ -27,15 +30,17 @@ pub(super) struct Layout {
     lowest: u32,
 }
 
-/// Neighbouring bins that lie in a feature's line: five octaves, which hold 99% of the
+/// Neighbouring bins that lie in a feature's line: six octaves and a quarter, which hold nearly all
 /// strengths of a trained SAE.
-pub(super) const WINDOW: usize = 21;
-/// Bytes of a feature's line.
-pub(super) const LINE: usize = 32;
+pub(super) const WINDOW: usize = 25;
+/// Bytes of a bin's cell.
+pub(super) const CELL: usize = 2;
+/// Bytes of a feature's line: one line of the cache.
+pub(super) const LINE: usize = 64;
 /// Where in a line the window begins.
-pub(super) const FIRST: usize = LINE - WINDOW - 1;
+pub(super) const FIRST: usize = LINE - (WINDOW + 1) * CELL;
 /// Where in a line the place for all other bins is.
-pub(super) const OUTSIDE: usize = LINE - 1;
+pub(super) const OUTSIDE: usize = LINE - CELL;
 
 impl Layout {
     /// A window from bin `base`.
@@ -82,7 +87,7 @@ impl Layout {
         let inside = bin.wrapping_sub(self.base).min(WINDOW as u32);
         let place = feature
             .wrapping_mul(LINE as u32)
-            .wrapping_add(FIRST as u32 + inside);
+            .wrapping_add(FIRST as u32 + CELL as u32 * inside);
         (place, inside < WINDOW as u32)
     }
 }
@@ -90,20 +95,20 @@ impl Layout {
 /// Some codes.
 #[derive(Debug, Clone)]
 pub(super) struct Staged {
-    /// Of each the byte that counts it, from the first byte of the lines.
-    pub places: [u32; CHUNK],
+    /// Of each the cell that counts it, by its place from the first byte of the lines.
+    pub places: [u32; CHUNK + BEYOND],
     /// What to add to its line's sum: nothing if its place is the one for all other bins.
     pub terms: [u64; CHUNK],
-    /// The upper half of the bits of its strength.
-    pub uppers: [u16; CHUNK],
+    /// The bits of its strength.
+    pub bits: [u32; CHUNK],
 }
 
 impl Staged {
     pub fn new() -> Self {
         Self {
-            places: [0; CHUNK],
+            places: [0; CHUNK + BEYOND],
             terms: [0; CHUNK],
-            uppers: [0; CHUNK],
+            bits: [0; CHUNK],
         }
     }
 
@@ -192,9 +197,10 @@ impl Staged {
             }
             let inside = _mm512_cmplt_epu32_mask(bin, all(WINDOW as u32));
             let bin = _mm512_min_epu32(bin, all(WINDOW as u32));
-            let line = _mm512_slli_epi32::<5>(features);
-            const { assert!(LINE == 1 << 5) };
-            let places = _mm512_add_epi32(_mm512_add_epi32(line, all(FIRST as u32)), bin);
+            let line = _mm512_slli_epi32::<6>(features);
+            let cell = _mm512_slli_epi32::<1>(bin);
+            const { assert!(LINE == 1 << 6 && CELL == 1 << 1) };
+            let places = _mm512_add_epi32(_mm512_add_epi32(line, all(FIRST as u32)), cell);
             let low = _mm512_castps512_ps256(_mm512_castsi512_ps(bits));
             let high = _mm512_extracti64x4_epi64::<1>(bits);
             let low = _mm512_maskz_cvtps_pd(inside as __mmask8, low);
@@ -209,8 +215,7 @@ impl Staged {
             // SAFETY: there is room for CHUNK, of which WIDTH are left from here.
             unsafe {
                 _mm512_storeu_si512(self.places.as_mut_ptr().add(at).cast(), places);
-                let uppers = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
-                _mm256_storeu_si256(self.uppers.as_mut_ptr().add(at).cast(), uppers);
+                _mm512_storeu_si512(self.bits.as_mut_ptr().add(at).cast(), bits);
                 _mm512_storeu_si512(self.terms.as_mut_ptr().add(at).cast(), integer(low));
                 _mm512_storeu_si512(
                     self.terms.as_mut_ptr().add(at + WIDTH / 2).cast(),
@@ -249,8 +254,8 @@ impl Staged {
         let staged = self.places[start..]
             .iter_mut()
             .zip(&mut self.terms[start..])
-            .zip(&mut self.uppers[start..]);
-        for ((value, index), ((place, term), upper)) in codes.zip(staged) {
+            .zip(&mut self.bits[start..]);
+        for ((value, index), ((place, term), kept_bits)) in codes.zip(staged) {
             let bits = value.bits();
             // Zeros wrap around; negative and infinite strengths are larger to begin with.
             sound &= bits.wrapping_sub(1) < f32::INFINITY.to_bits() - 1;
@@ -258,7 +263,7 @@ impl Staged {
             sound &= feature <= last;
             let inside;
             (*place, inside) = layout.place(feature, bits);
-            *upper = (bits >> 16) as u16;
+            *kept_bits = bits;
             *term = layout.term(f32::from_bits(if inside { bits } else { 0 }));
         }
         sound
@@ -298,11 +303,11 @@ mod tests {
                 prop_assert!(other.fill(simd, &values, &narrow, 1000, layout));
                 prop_assert_eq!(&staged.places[..], &other.places[..]);
                 prop_assert_eq!(&staged.terms[..], &other.terms[..]);
-                prop_assert_eq!(&staged.uppers[..], &other.uppers[..]);
+                prop_assert_eq!(&staged.bits[..], &other.bits[..]);
                 for (at, &value) in values.iter().enumerate() {
                     let (place, term) = (staged.places[at] as usize, staged.terms[at]);
                     let (feature, inside) = (place / LINE, place % LINE);
-                    prop_assert_eq!(u32::from(staged.uppers[at]), value.to_bits() >> 16);
+                    prop_assert_eq!(staged.bits[at], value.to_bits());
                     prop_assert_eq!(feature as u32, indices[at]);
                     if inside == OUTSIDE {
                         prop_assert_eq!(term, 0);
@@ -310,7 +315,7 @@ mod tests {
                         prop_assert!(bin >= WINDOW || [0, BINS - 1].contains(&bin_of(value)));
                         continue;
                     }
-                    prop_assert_eq!(inside, FIRST + bin_of(value) - layout.base());
+                    prop_assert_eq!(inside, FIRST + (bin_of(value) - layout.base()) * CELL);
                     prop_assert_eq!(term % (1 << SUM_SHIFT), 0);
                     prop_assert_eq!(layout.fixed(term), sum::to_fixed(value));
                 }
@@ -345,7 +350,7 @@ mod tests {
             let value = histogram::edges()[base + bin];
             let mut staged = Staged::new();
             prop_assert!(staged.fill(Simd::best(), &[value], &[0u32], 1, Layout::new(base)));
-            prop_assert_eq!(staged.places[0] as usize % LINE, FIRST + bin);
+            prop_assert_eq!(staged.places[0] as usize % LINE, FIRST + bin * CELL);
         }
 
         #[test]

@@ -143,6 +143,20 @@ fn parse(name: &str) -> Result<Simd> {
     })
 }
 
+/// Has the CPU fetch what is at an address, which may be any.
+#[inline(always)]
+pub(crate) fn fetch_from<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of SSE, which every x86-64 has; it is a hint, which reads
+    // nothing that the program could see and does nothing at addresses that aren't mapped.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Has the CPU fetch `items[at]`, if there is such an item, while other work goes on. A hint.
 #[inline]
 pub(crate) fn fetch<T>(items: &[T], at: usize) {
