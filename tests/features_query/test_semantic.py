@@ -78,7 +78,8 @@ def labelled(tmp_path: Path) -> Path:
             "prompt_version VARCHAR)"
         )
         rows = [(feature, label, "a-model", "1") for feature, label in LABELS.items()]
-        rows += [(0, "cat", "statistics", "1"), (6, "bird fish", "statistics", "1")]
+        rows += [(0, "cat", "statistics", "1"), (6, "fires on bird fish", "statistics", "1")]
+        rows += [(7, "no token stands out: bird", "statistics", "1")]
         rows += [(5, "wait", "b-model", "1")]
         connection.executemany("INSERT INTO autointerp VALUES (?, ?, ?, ?)", rows)
     return path
@@ -133,7 +134,7 @@ def test_vectors_are_kept_and_only_new_labels_embedded(
 
     monkeypatch.setattr(StaticModel, "encode", counted)
     before = found(labelled, "doubt", model)
-    assert sorted(embedded) == sorted([*LABELS.values(), "bird fish", "wait", "doubt"])
+    assert sorted(embedded) == sorted([*LABELS.values(), "fires on bird fish", "wait", "doubt"])
     (file,) = labelled.with_name("f.ddb.vectors").iterdir()
     embedded.clear()
     assert found(labelled, "doubt", model) == before

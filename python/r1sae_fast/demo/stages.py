@@ -247,6 +247,7 @@ def stage_features(demo: Demo, report: Report) -> str:
         Examples.load(demo.examples),
         demo.decode,
         {"model": demo.settings.model, "layer": demo.settings.layer, "demo": True},
+        sae=FastSAE.load(demo.sae),
         overwrite=True,
         progress=False,
     ) as db:

@@ -1,6 +1,7 @@
 """Showing text of unknown origin: no character may move the cursor, hide or reorder anything."""
 
 import unicodedata
+from functools import lru_cache
 
 # Controls (an escape sequence among them), formats (bidirectional overrides, zero widths),
 # surrogates, private use, unassigned, and the separators of lines and paragraphs.
@@ -29,6 +30,7 @@ def _visible(character: str) -> str:
     return character
 
 
+@lru_cache(1 << 16)  # an export has the same tokens over and over
 def harmless(text: str) -> str:
     """As :func:`visible`, but line breaks and tabs stay: for files that other tools show."""
     if text.isascii() and text.isprintable():

@@ -48,7 +48,7 @@ def table_of(*columns: str, numbers: int = 0) -> Table:
     for i, column in enumerate(columns):
         number = i < numbers
         table.add_column(
-            Text(visible(column)),
+            Text("\n".join(map(visible, column.split("\n")))),
             justify="right" if number else "left",
             no_wrap=number,
             overflow="fold",
@@ -56,24 +56,36 @@ def table_of(*columns: str, numbers: int = 0) -> Table:
     return table
 
 
-def frame_table(frame: Frame, shown: int | None = None) -> Table:
-    """The frame's rows; numbers to the right, and short."""
+def frame_table(frame: Frame) -> Table:
+    """The frame's rows; numbers to the right, and short.
+
+    For a narrow terminal: long names break after each _, labels keep room, and who labelled stands
+    with the label.
+    """
     from rich.text import Text
 
+    from r1sae_fast.features.show import label_text
     from r1sae_fast.features.text import visible
 
-    table = table_of(*frame.columns)
-    rows = frame.to_dicts()[:shown]
-    for column, name in zip(table.columns, frame.columns, strict=True):
+    names = [name for name in frame.columns if name != "model_name" or "label" not in frame.columns]
+    table = table_of(*(n if len(n) < 10 else n.replace("_", "_\n") for n in names))
+    table.padding = (0, 1, 0, 0)
+    rows = frame.to_dicts()
+    for column, name in zip(table.columns, names, strict=True):
         if any(isinstance(row[name], (int, float)) for row in rows):
             column.justify, column.no_wrap = "right", True
+        elif name == "label":
+            column.min_width = 14
     for row in rows:
         cells = []
-        for value in row.values():
+        for name in names:
+            value = row[name]
             if value is None:
                 cells.append(Text("–", style="dim"))
             elif isinstance(value, float):
                 cells.append(Text(f"{value:.4g}"))
+            elif name == "label" and "model_name" in row:
+                cells.append(label_text(value, row["model_name"]))
             else:
                 cells.append(Text(visible(str(value))))
         table.add_row(*cells)

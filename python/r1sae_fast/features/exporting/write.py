@@ -58,7 +58,10 @@ def export_pages(
 
 def encoded(value: Any) -> bytes:
     """JSON in ASCII, harmless within a page's script too; what is not a number is null."""
-    text = json.dumps(_numbers(value), allow_nan=False, default=str)
+    try:
+        text = json.dumps(value, allow_nan=False, default=str)
+    except ValueError:  # looking at every number takes longer than writing it
+        text = json.dumps(_numbers(value), allow_nan=False, default=str)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text.encode("ascii")

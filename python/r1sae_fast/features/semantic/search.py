@@ -18,7 +18,8 @@ from r1sae_fast.features.semantic.vectors import vectors_of, vectors_path
 class Labels:
     """All labels of a database with their vectors.
 
-    The counted label of a feature stands only where no model wrote one: it names tokens.
+    The counted label of a feature stands only where no model wrote one, and where it names tokens
+    on which the feature fires.
 
     Raises:
         DatabaseError: there are no labels.
@@ -36,11 +37,12 @@ class Labels:
         self._model = model
         self._rows = fetch(
             f"""SELECT feature_id, label, model_name, {"count" if counts else "NULL"}
-            FROM autointerp {counts} WHERE label IS NOT NULL
+            FROM autointerp {counts}
+            WHERE label IS NOT NULL AND (model_name IS DISTINCT FROM ? OR label LIKE 'fires %')
             QUALIFY model_name IS DISTINCT FROM ? OR NOT bool_or(model_name IS DISTINCT FROM ?)
                 OVER (PARTITION BY feature_id)
             ORDER BY feature_id, label, model_name""",
-            [MODEL_NAME, MODEL_NAME],
+            [MODEL_NAME] * 3,
         )
         texts = list(dict.fromkeys(row[1] for row in self._rows))
         if not texts:
