@@ -35,7 +35,7 @@ def main() -> None:
         prepare(given.demo, given.work, given.windows)
         return
     ours = run([sys.executable, str(HERE / "ours.py"), str(given.work)])
-    print(f"ours           {tell(ours)}")
+    print(f"ours           {tell(ours)}", flush=True)
     rows = dict(np.load(given.work / "ours.npz"))
     if given.sae_dashboard:
         count = given.features or ours["features"]
@@ -48,7 +48,7 @@ def main() -> None:
         print(f"               {compare(rows, given.work, 'sae_dashboard', by_window=False)}")
     if given.delphi:
         theirs = run([given.delphi, str(HERE / "delphi_run.py"), str(given.work)])
-        print(f"delphi         {tell(theirs)}: {theirs['seconds'] / ours['seconds']:.1f}x our time")
+        print(f"delphi         {tell(theirs)}: {ratios(theirs, ours)}")
         print(f"               {compare(rows, given.work, 'delphi', by_window=True)}")
 
 
@@ -66,6 +66,16 @@ def run(command: list[str]) -> dict[str, Any]:
 def tell(told: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {s:.2f}" for name, s in told.get("parts", {}).items())
     return f"{told['seconds']:.2f} s, {told['features']} features{f' ({parts})' if parts else ''}"
+
+
+def ratios(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """Their time a feature beside ours, of the database alone and with the pages."""
+    theirs_each, database = theirs["seconds"] / theirs["features"], ours["parts"]
+    alone = (database["encode"] + database["build"]) / ours["features"]
+    whole = ours["seconds"] / ours["features"]
+    return (
+        f"a feature {theirs_each / alone:.1f}x our database, {theirs_each / whole:.1f}x our pages"
+    )
 
 
 def compare(rows: dict[str, Any], work: Path, name: str, *, by_window: bool) -> str:
