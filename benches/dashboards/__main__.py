@@ -41,10 +41,7 @@ def main() -> None:
         count = given.features or ours["features"]
         command = [given.sae_dashboard, str(HERE / "sae_dashboard_run.py")]
         theirs = run([*command, str(given.work), str(count)])
-        ratio = theirs["seconds"] / ours["seconds"]
-        print(
-            f"SAEDashboard   {tell(theirs)}: {ratio:.1f}x our time of {ours['features']} features"
-        )
+        print(f"SAEDashboard   {tell(theirs)}: {ratios(theirs, ours)}")
         print(f"               {compare(rows, given.work, 'sae_dashboard', by_window=False)}")
     if given.delphi:
         theirs = run([given.delphi, str(HERE / "delphi_run.py"), str(given.work)])
