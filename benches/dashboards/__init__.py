@@ -4,9 +4,10 @@
     PYTHONPATH=benches python -m dashboards run WORK --sae-dashboard PYTHON --delphi PYTHON
 
 DEMO_RUN is what `r1sae demo` made; each PYTHON is of an environment with that tool alone, as their
-pins and ours don't go together (`sae-dashboard` with `pyarrow<22`, `eai-delphi`). All three get the same rows from
-memory, so the model's own forward, which they would repeat, is counted for none of them. Each runs
-its own code from rows to what its pages show, in a process of its own, one after the other; loading
-is not counted. SAEDashboard's time grows with the number of its batches of features, so
-`--features 256` gives it one of them; times are compared by the feature.
+pins and ours don't go together (`sae-dashboard` with `pyarrow<22`, `eai-delphi`).
+All three get the same rows from memory, so the model's own forward, which they would repeat, is
+counted for none of them. Each runs its own code from rows to what its pages show, in a process of
+its own, one after the other; loading is not counted. SAEDashboard's time grows with the number of
+its batches of features, so `--features 256` gives it one of them; times are compared by the
+feature.
 """
