@@ -21,6 +21,7 @@ import duckdb
 from database import reference
 from database.data import activation_batches, write_codes, write_released
 from r1sae_fast.features import FeatureDB, clustering
+from r1sae_fast.features.attaching import ROW_GROUP, connect_to_write
 from r1sae_fast.features.places import places_of
 from r1sae_fast.features.schema import TABLES
 from r1sae_fast.features.stream import ArrowStream
@@ -120,7 +121,7 @@ def sql(data: Data) -> dict[str, object]:
 
 
 def sort(data: Data) -> dict[str, object]:
-    """The table ``activations`` sorted by feature, by the core and by DuckDB."""
+    """``activations`` sorted by feature: within it by place by the core, by strength by DuckDB."""
     codes, threads = data.codes(), clustering.default_threads(None)
     folder = data.folder / "sort"
     folder.mkdir(exist_ok=True)
@@ -130,14 +131,17 @@ def sort(data: Data) -> dict[str, object]:
     def connect(name: str) -> duckdb.DuckDBPyConnection:
         file = folder / f"{name}.ddb"
         file.unlink(missing_ok=True)
-        config = {"memory_limit": f"{MEMORY // (4 if name == 'core' else 1) >> 20}MiB",
-                  "temp_directory": str(folder / "spill")}  # fmt: skip
+        config = {"memory_limit": f"{MEMORY >> 20}MiB", "temp_directory": str(folder / "spill")}
         connection = duckdb.connect(str(file), config=config)
         connection.execute(f"CREATE TABLE activations ({columns})")
         return connection
 
     def core() -> None:
-        with connect("core") as connection:
+        file = folder / "core.ddb"
+        file.unlink(missing_ok=True)
+        config = {"memory_limit": f"{MEMORY >> 22}MiB", "default_block_size": "65536"}
+        with connect_to_write(file, config, ROW_GROUP) as connection:
+            connection.execute(f"CREATE TABLE activations ({columns})")
             shards = clustering.shards_of(codes)
             places = places_of(codes, folder / "places")
             counts = clustering.count(shards, codes.d_sae, threads)

@@ -45,7 +45,7 @@ def test_activations_are_the_codes_sorted_for_reading(world: World, query: Query
     rows = query("SELECT feature_id, sequence_id, token_idx, strength FROM activations")
     assert len(rows) == len(world.activations)
     assert set(rows) == world.activations
-    assert rows == sorted(rows, key=lambda row: (row[0], -row[3], row[1], row[2]))
+    assert rows == sorted(rows, key=lambda row: row[:3])
 
 
 def test_the_released_columns_come_first_and_keep_their_names(query: Query) -> None:

@@ -59,7 +59,8 @@ def test_segments_and_positions_are_counted(world: World, query: Query) -> None:
 
 
 def test_intervals_are_samples_of_equal_parts(world: World, query: Query) -> None:
-    activations = query("SELECT * FROM activations")
+    activations = query("""
+        SELECT * FROM activations ORDER BY feature_id, strength DESC, sequence_id, token_idx""")
     found = query("SELECT * FROM intervals ORDER BY feature_id, quantile, rank")
     for feature in range(world.dense.shape[1]):
         mine = [row[1:] for row in activations if row[0] == feature][::-1]  # the weakest first

@@ -46,7 +46,7 @@ def test_the_same_rows_sorted_by_feature(
     assert (done.features, done.labels) == (37, 39)
     assert (done.passes > 1) == (kind != "trio")
     activations = rows_of(out, "activations")
-    assert activations == sorted(release.activations, key=lambda r: (r[0], -r[3], r[1], r[2]))
+    assert activations == sorted(release.activations, key=lambda r: r[:3])
     assert [row[:4] for row in rows_of(out, "tokens")] == release.tokens
     assert [row[:2] for row in rows_of(out, "autointerp")] == [row[:2] for row in release.labels]
     assert sorted(file.name for file in tmp_path.iterdir() if "out" in file.name) == ["out.ddb"]
@@ -129,7 +129,7 @@ def test_ten_kills_lose_nothing_and_double_nothing(
         "whole old=False"
     ]
     activations = rows_of(out, "activations")
-    assert activations == sorted(release.activations, key=lambda r: (r[0], -r[3], r[1], r[2]))
+    assert activations == sorted(release.activations, key=lambda r: r[:3])
     assert [row[:4] for row in rows_of(out, "tokens")] == release.tokens
     assert len(rows_of(out, "autointerp")) == len(release.labels)
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == ["out.ddb"]
@@ -176,8 +176,8 @@ def test_a_sort_that_spills_gives_the_same_rows(
     with duckdb.connect(str(out), read_only=True) as connection:
         assert connection.execute(_SUMS).fetchone() == expected
         out_of_order = connection.execute("""
-            SELECT count(*) FROM (SELECT feature_id, strength, lag(feature_id) OVER w AS f,
-            lag(strength) OVER w AS s FROM activations WINDOW w AS (ORDER BY rowid))
-            WHERE f > feature_id OR (f = feature_id AND s < strength)""").fetchone()
+            SELECT count(*) FROM (SELECT (feature_id, sequence_id, token_idx) AS here,
+            lag(here) OVER (ORDER BY rowid) AS before FROM activations)
+            WHERE before > here""").fetchone()
     assert out_of_order == (0,)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["logic.ddb", "out.ddb"]

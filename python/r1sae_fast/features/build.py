@@ -22,6 +22,7 @@ from r1sae_fast.features.clustering import (
     count,
     load,
     partners,
+    require_largest_fits,
     save,
     shards_of,
 )
@@ -98,7 +99,7 @@ def build(
     with new_file(path, json.dumps(key), config) as file:
         builder = _Builder(file, codes, texts, plan)
         with progress_bar("building", 4 * len(codes), unit="rows", shown=progress) as advance:
-            builder.load_tokens()
+            builder.begin()
             advance(len(codes))
             builder.count(examples)
             builder.load_coactivations()
@@ -108,6 +109,7 @@ def build(
         add_labels(file.connection, len(codes), codes.d_sae)
         if sae is not None:
             builder.load_neighbours(sae)
+        builder.load_tokens()
         builder.load_meta(metadata, sae)
 
 
@@ -127,8 +129,8 @@ class _Builder:
 
     # -- tokens ---------------------------------------------------------------------------------
 
-    def load_tokens(self) -> None:
-        """Fills ``tokens``, ``segments`` and ``positions``."""
+    def begin(self) -> None:
+        """Finds what token each row is; makes the tables, fills ``segments`` and ``positions``."""
         self._places = places = places_of(self._codes, self._file.folder / "places")
         shown = places.tokens[:: -(-len(places.tokens) // _SHOWN_TEXTS) or 1]
         step = "tokens " + json.dumps([self._texts.text(token) for token in shown.tolist()])
@@ -138,15 +140,6 @@ class _Builder:
             # There are some if an earlier process had another decode.
             for table, columns in TABLES.items():
                 execute(self._connection, f"CREATE OR REPLACE TABLE {table} ({columns})")
-            schema = {
-                "sequence_id": pa.int64(),
-                "token_idx": pa.int32(),
-                "token": pa.int32(),
-                "decoded_token": pa.string(),
-                "segment": pa.string(),
-            }
-            with ArrowStream(self._connection, schema, self._token_batches()) as name:
-                execute(self._connection, f"INSERT INTO tokens SELECT * FROM {name}")
             names = [SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)]
             self._insert(
                 "segments", {"segment": pa.array(names, pa.string()), "tokens": places.segments}
@@ -161,6 +154,22 @@ class _Builder:
                     "tokens": places.positions,
                 },
             )
+
+    def load_tokens(self) -> None:
+        """Fills ``tokens``, after all other tables that are long."""
+        self._file.shorten_row_groups()
+        if self._file.done("tokens"):
+            return
+        schema = {
+            "sequence_id": pa.int64(),
+            "token_idx": pa.int32(),
+            "token": pa.int32(),
+            "decoded_token": pa.string(),
+            "segment": pa.string(),
+        }
+        stream = ArrowStream(self._connection, schema, self._token_batches())
+        with self._file.step("tokens"), stream as name:
+            execute(self._connection, f"INSERT INTO tokens SELECT * FROM {name}")
 
     def _token_batches(self) -> Iterator[list[pa.Array]]:
         names = pa.array([SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)], pa.string())
@@ -187,6 +196,7 @@ class _Builder:
             save(saved, {"counts": counts})
         else:
             counts = found["counts"]
+        require_largest_fits(counts, self._plan.memory)
         self._counts = counts
         if examples is not None:
             expected = examples.counts.numpy()

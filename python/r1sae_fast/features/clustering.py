@@ -26,6 +26,7 @@ Advance = Callable[[float], None]
 
 _BUCKET_BYTES = 64  # of each activation, while a bucket is sorted and written
 _GROUP_ROWS = 1 << 20  # of shards between two notes of how far it is
+_PAIR_ROWS = 1 << 16  # of codes that are turned on their side at a time: more take longer
 _LEAST_MEMORY = 256 << 20
 LEAST_TOGETHER = 5
 """Pairs of features that met less often have no pointwise mutual information worth telling."""
@@ -109,7 +110,7 @@ def partners(
         for start, end in _core.pair_tiles(len(counts), memory * 3 // 4):
             pairs = _core.PairCounts(len(counts), start, end)
             for group in groups(shards):
-                pairs.add_shards(shards[group], min(block, 1 << 20), threads)
+                pairs.add_shards(shards[group], min(block, _PAIR_ROWS), threads)
             found.add(pairs, counts, LEAST_TOGETHER, threads)
             del pairs
     feature, rank, other, together = found.columns()
@@ -186,6 +187,26 @@ class Clusters:
     def tables(self, bucket: int, places: _core.TokenPlaces, keep: Keep, threads: int) -> Tables:
         """The sorted activations of a bucket, and what they tell, by table and column."""
         return _core.cluster_bucket(self._spill, bucket, places, keep.core(), True, threads)
+
+
+def largest_needs(counts: NDArray[Any]) -> int:
+    """Bytes for sorting the activations of the feature that has most of them."""
+    return int(counts.max(initial=0)) * _BUCKET_BYTES
+
+
+def require_largest_fits(counts: NDArray[Any], memory: int) -> None:
+    """Refuses a feature whose activations can't be sorted in half of the memory.
+
+    Raises:
+        ValueError: it names the feature and the memory that would do.
+    """
+    need = 2 * largest_needs(counts)
+    if need > memory:
+        feature = int(counts.argmax())
+        raise ValueError(
+            f"feature {feature} is active {int(counts[feature]):,} times, too many to be sorted "
+            f"with max_memory = {memory}; expected at least {need}"
+        )
 
 
 def default_threads(threads: int | None) -> int:

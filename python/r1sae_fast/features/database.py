@@ -125,8 +125,8 @@ class FeatureDB(Questions):
             coactivations: features that are active with it most of all; 0 saves the time.
             neighbours: features of nearest decoder directions.
             seed: decides, with the codes alone, what is drawn.
-            max_memory: bytes that may be used, about; a feature's activations (12 bytes each)
-                must fit into a quarter.
+            max_memory: bytes that may be used, about; a feature's activations (64 bytes each)
+                must fit into half.
             threads: at most so many; default: all CPUs. They don't change what is written.
             overwrite: whether a file at ``path`` may be replaced.
             progress: a bar on stderr; default: when stderr is a terminal.
@@ -136,7 +136,8 @@ class FeatureDB(Questions):
             DatabaseError: another build of the same file is running, this process has the file
                 open (close it first), or the disk or memory is full (the old file stays).
             ValueError: examples of other codes; codes whose rows don't say what token they are, or
-                two rows at the same place; a number out of range.
+                two rows at the same place; a number out of range; a feature that is active too
+                often for ``max_memory``.
         """
         from r1sae_fast.shards import CodeShards
 

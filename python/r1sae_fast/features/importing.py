@@ -28,6 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features.clustering import largest_needs
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.import_files import SOURCE, attached, duckdb_memory, fingerprint
 from r1sae_fast.features.import_sort import CoreSort, drop_tables
@@ -47,7 +48,7 @@ _PASSES = 16
 _SORT_BYTES = 96
 _FILE_BYTES = 7
 _MOST_FEATURES = 1 << 24  # that the core counts
-_ORDER = "feature_id, strength DESC, sequence_id, token_idx"
+_ORDER = "feature_id, sequence_id, token_idx, strength DESC"
 
 Advance = Callable[[float], None]
 
@@ -73,7 +74,7 @@ def import_database(
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> Imported:
-    """Writes a database with the same rows, sorted by feature, its strongest first.
+    """Writes a database with the same rows, sorted by feature, then by place.
 
     ``destination`` is there whole or not at all: it is written beside its place
     (``<destination>.tmp``, ``.work.tmp``, ``.spill.tmp``), synced and renamed. An import that is
@@ -205,6 +206,8 @@ class _Import:
     ) -> int | None:
         """Sorts by the core; in how many parts, or None where the rows are not such as it wants."""
         if len(feature) and feature[-1] >= _MOST_FEATURES:
+            return None
+        if largest_needs(count) > self._memory:
             return None
         counts = np.zeros(int(feature[-1]) + 1 if len(feature) else 0, dtype=np.uint64)
         counts[feature] = count

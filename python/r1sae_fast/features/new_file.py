@@ -15,8 +15,13 @@ import duckdb
 
 from r1sae_fast.atomic import replacing, temporary_name
 from r1sae_fast.errors import DatabaseError
+from r1sae_fast.features.attaching import ROW_GROUP, SHORT_ROW_GROUP, attach, connect_to_write
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.lock import building_lock, require_not_open
+
+_BLOCK_BYTES = "65536"
+"""A column of a row group takes whole blocks, 150 to 400 KB in them: DuckDB's own size of 256 KiB
+leaves a quarter of the file empty. In less than this, bit-packing is not used."""
 
 
 class NewFile:
@@ -28,10 +33,17 @@ class NewFile:
     """
 
     def __init__(
-        self, connection: duckdb.DuckDBPyConnection, folder: Path, key: str, *, resumed: bool
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        path: Path,
+        folder: Path,
+        key: str,
+        *,
+        resumed: bool,
     ) -> None:
         self.connection = connection
         self.folder = folder
+        self._path = path
         if not resumed:
             execute(connection, "CREATE TABLE _job (key VARCHAR)")
             execute(connection, "CREATE TABLE _steps (name VARCHAR)")
@@ -41,6 +53,10 @@ class NewFile:
     def done(self, name: str) -> bool:
         """Whether a step was done, now or earlier."""
         return name in self._done
+
+    def shorten_row_groups(self) -> None:
+        """From here on tables are written as ``tokens`` is to lie in the file."""
+        attach(self.connection, self._path, SHORT_ROW_GROUP)
 
     @contextmanager
     def step(self, name: str, *, first: bool = False) -> Iterator[None]:
@@ -84,6 +100,7 @@ def new_file(
             "temp_directory": str(spill),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
+            "default_block_size": _BLOCK_BYTES,
             **config,
         }
         try:
@@ -92,7 +109,7 @@ def new_file(
                     connection, resumed = _open(temporary, work, key, config)
                     try:
                         work.mkdir(exist_ok=True)
-                        file = NewFile(connection, work, key, resumed=resumed)
+                        file = NewFile(connection, temporary, work, key, resumed=resumed)
                         yield file
                         execute(connection, "DROP TABLE _job")
                         execute(connection, "DROP TABLE _steps")
@@ -116,7 +133,7 @@ def _open(
     """A connection to the file, and whether it is one that can go on."""
     if temporary.exists():
         with suppress(duckdb.Error):
-            connection = _connect(temporary, config)
+            connection = connect_to_write(temporary, config, ROW_GROUP)
             try:
                 if execute(connection, "SELECT key FROM _job") == [(key,)]:
                     return connection, True
@@ -126,14 +143,7 @@ def _open(
     temporary.unlink(missing_ok=True)
     _wal(temporary).unlink(missing_ok=True)
     shutil.rmtree(work, ignore_errors=True)
-    return _connect(temporary, config), False
-
-
-def _connect(path: Path, config: dict[str, Any]) -> duckdb.DuckDBPyConnection:
-    connection = duckdb.connect(str(path), config=config)
-    # DuckDB shows one of its own in notebooks.
-    connection.execute("SET enable_progress_bar = false")
-    return connection
+    return connect_to_write(temporary, config, ROW_GROUP), False
 
 
 def _wal(file: Path) -> Path:

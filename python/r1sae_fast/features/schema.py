@@ -5,7 +5,7 @@ column ``segment``); a released file has only these, in one file or in several.
 """
 
 FORMAT = "r1sae-features"
-VERSION = "2"
+VERSION = "3"
 
 SEGMENTS = {0: "prompt", 1: "thinking", 2: "response"}
 """Names of the segments, by the number that shards hold; any other number is NULL here."""
@@ -21,8 +21,8 @@ TABLES = {
     "tokens": """
         sequence_id BIGINT, token_idx INTEGER, token INTEGER, decoded_token VARCHAR,
         segment VARCHAR""",
-    # One row each time that a feature is active. Sorted by feature, strongest first: the rows of
-    # a feature lie together, so that a query reads these alone.
+    # One row each time that a feature is active. Sorted by feature, then by place: the rows of a
+    # feature lie together, so that a query reads these alone.
     "activations": "feature_id INTEGER, sequence_id BIGINT, token_idx INTEGER, strength FLOAT",
     # Labels; several of a feature may stand side by side, told apart by model_name. Labels with
     # model_name 'statistics' are counted, not written by a model: quality and interestingness are

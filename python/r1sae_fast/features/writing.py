@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast.features.attaching import ROW_GROUP
 from r1sae_fast.features.clustering import Tables
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.places import TokenPlaces
@@ -93,7 +94,10 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[s
         for column in columns.values()
     ]
     schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
-    with ArrowStream(connection, schema, iter([arrays])) as name:
+    # Each of DuckDB's threads takes a batch at a time.
+    starts = range(0, len(arrays[0]), ROW_GROUP)
+    batches = ([array.slice(start, ROW_GROUP) for array in arrays] for start in starts)
+    with ArrowStream(connection, schema, batches) as name:
         execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 from r1sae_fast.atomic import replacing
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features import FeatureDB
+from r1sae_fast.features.attaching import connect_to_write
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.lock import building_lock, require_not_open
 from r1sae_fast.features.schema import TABLES
@@ -70,7 +71,7 @@ def merge(path: Path, journal: Journal) -> int:
 
 def _into(path: Path, finished: Sequence[Finished]) -> None:
     try:
-        connection = duckdb.connect(str(path), config=_CONFIG)
+        connection = connect_to_write(path, _CONFIG)
     except duckdb.Error as error:
         if "lock" not in str(error):
             raise DatabaseError(f"{path}: labels can't be merged: {error}") from None
@@ -110,7 +111,7 @@ def _into_copy(path: Path, finished: Sequence[Finished]) -> None:
     try:
         with replacing(path) as temporary:
             shutil.copyfile(path, temporary)
-            _write(path, duckdb.connect(str(temporary), config=_CONFIG), finished)
+            _write(path, connect_to_write(temporary, _CONFIG), finished)
     except OSError as error:
         raise DatabaseError(
             f"{path}: labels can't be merged: {error}; they are kept in {journal_path(path)}"
@@ -120,7 +121,6 @@ def _into_copy(path: Path, finished: Sequence[Finished]) -> None:
 def _write(path: Path, connection: duckdb.DuckDBPyConnection, finished: Sequence[Finished]) -> None:
     try:
         with connection:
-            connection.execute("SET enable_progress_bar = false")
             execute(connection, "BEGIN")
             _tables(connection)
             for table, columns in _COLUMNS.items():

@@ -11,7 +11,7 @@ use r1sae_core::clusters::coactivation::tiles;
 use r1sae_core::clusters::partners::Partners;
 use r1sae_core::clusters::{
     count_shards, gather, scatter_shards, Bases, Coactivation, Options, Place, Places, Record,
-    Spill, Work,
+    Spill, Stretches, Texts, Work,
 };
 use r1sae_core::examples::ShardFile;
 
@@ -163,6 +163,7 @@ struct TokenPlaces {
     /// Kept alive, and not to be written to.
     bytes: Py<PyArray1<u8>>,
     bases: Bases,
+    stretches: Stretches,
 }
 
 #[pymethods]
@@ -173,10 +174,14 @@ impl TokenPlaces {
     fn new(py: Python<'_>, bytes: &Bound<'_, PyArray1<u8>>) -> PyResult<Self> {
         let view: PyReadonlyArray1<'_, u8> = bytes.try_readonly()?;
         let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
-        let bases = run_interruptible(py, move |_| Ok(Bases::of(&Places::new(rows)?)))?;
+        let (bases, stretches) = run_interruptible(py, move |_| {
+            let places = Places::new(rows)?;
+            Ok((Bases::of(&places), Stretches::of(&places)))
+        })?;
         Ok(Self {
             bytes: bytes.clone().unbind(),
             bases,
+            stretches,
         })
     }
 }
@@ -207,16 +212,20 @@ fn cluster_bucket<'py>(
     };
     let view: PyReadonlyArray1<'_, u8> = places.bytes.bind(py).try_readonly()?;
     let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
-    let bases = &places.bases;
+    let (bases, stretches) = (&places.bases, &places.stretches);
     let spill = &spill.0;
     let columns = run_interruptible(py, move |cancel| {
-        let places = Places::checked_before(rows);
+        let texts = Texts {
+            places: Places::checked_before(rows),
+            stretches,
+            bases,
+        };
         let work = Work {
             options,
             activations,
             threads,
         };
-        gather(spill, bucket, places, bases, work, cancel)
+        gather(spill, bucket, texts, work, cancel)
     })?;
     tables(py, columns)
 }

@@ -3,10 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::page::{activation, Options, Page, Pages};
-use super::place::{Place, Places};
+use super::page::{Options, Page, Pages, Texts};
+use super::place::Place;
 use super::spill::Spill;
-use super::tokens::Bases;
 use crate::{Cancel, Error, Result};
 
 /// Parts into which a bucket is cut for each thread.
@@ -24,7 +23,7 @@ pub struct Columns {
     pub lifts: Lifts,
 }
 
-/// By feature, strongest first, equal ones by place.
+/// By feature, then by place.
 #[derive(Debug, Default)]
 pub struct Activations {
     pub feature: Vec<i32>,
@@ -95,8 +94,7 @@ pub struct Work {
 pub fn gather(
     spill: &Spill,
     bucket: usize,
-    places: Places<'_>,
-    bases: &Bases,
+    texts: Texts<'_>,
     work: Work,
     cancel: &Cancel,
 ) -> Result<Columns> {
@@ -113,29 +111,42 @@ pub fn gather(
     }
     let features = spill.features(bucket);
     let (mut keys, ends) = by_feature(spill, bucket)?;
+    let mut all = Columns::default();
+    if activations {
+        all.activations = Activations::zeroed(keys.len())
+            .ok_or_else(|| spill.too_large(bucket, keys.len() as u64))?;
+    }
     let next = AtomicUsize::new(0);
-    let slots: Vec<Mutex<(Part<'_>, Columns)>> = cut(&mut keys, &ends, threads * PARTS)
+    let parts = cut(&mut keys, &ends, threads * PARTS, all.activations.rest());
+    let slots: Vec<Mutex<(Part<'_>, Columns)>> = parts
         .into_iter()
         .map(|part| Mutex::new((part, Columns::default())))
         .collect();
+    let rows = texts.places.rows();
     let work = || -> Result<()> {
-        let mut pages = Pages::new(places, bases, options);
+        let mut pages = Pages::new(texts, options);
         while let Some(slot) = slots.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
             let (part, columns) = &mut *slot;
-            let mut rest = &mut *part.keys;
+            let (mut rest, mut room) = (&mut *part.keys, part.room.rest());
             for (at, &size) in part.sizes.iter().enumerate() {
                 cancel.check()?;
                 let (keys, others) = rest.split_at_mut(size);
                 rest = others;
                 let feature = features.start + (part.first + at) as u32;
-                let page = pages
-                    .make(feature, keys)
-                    .map_err(|row| bad_row(feature, row))?;
-                columns.push(feature, &page, places.rows());
-                if activations {
-                    columns.activations.push(feature, keys, places.rows());
-                }
+                let page = if activations {
+                    let written = room.take(size);
+                    pages.make(feature, keys, |number, spot, strength| {
+                        written.feature[number] = feature as i32;
+                        written.sequence[number] = spot.sequence;
+                        written.position[number] = spot.position;
+                        written.strength[number] = strength;
+                    })
+                } else {
+                    pages.make(feature, keys, |_, _, _| ())
+                };
+                let page = page.map_err(|row| bad_row(feature, row))?;
+                columns.push(feature, &page, rows);
             }
         }
         Ok(())
@@ -149,9 +160,11 @@ pub fn gather(
         helpers.into_iter().map(join).collect()
     });
     results.into_iter().collect::<Result<()>>()?;
-    let mut all = Columns::default();
-    for slot in slots {
-        let (_, columns) = slot.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let made: Vec<Columns> = slots
+        .into_iter()
+        .map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner).1)
+        .collect();
+    for columns in made {
         all.append(columns);
     }
     Ok(all)
@@ -188,7 +201,8 @@ fn by_feature(spill: &Spill, bucket: usize) -> Result<(Vec<u64>, Vec<usize>)> {
         *end = start;
         start += count;
     }
-    let mut keys = vec![0_u64; records.len()];
+    let mut keys =
+        zeroed(records.len()).ok_or_else(|| spill.too_large(bucket, records.len() as u64))?;
     for record in &records {
         let at = &mut ends[(record.feature - features.start) as usize];
         keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
@@ -202,9 +216,16 @@ struct Part<'k> {
     first: usize,
     sizes: Vec<usize>,
     keys: &'k mut [u64],
+    /// Where their activations are written to, if at all.
+    room: Room<'k>,
 }
 
-fn cut<'k>(mut keys: &'k mut [u64], ends: &[usize], parts: usize) -> Vec<Part<'k>> {
+fn cut<'k>(
+    mut keys: &'k mut [u64],
+    ends: &[usize],
+    parts: usize,
+    mut room: Room<'k>,
+) -> Vec<Part<'k>> {
     let wanted = keys.len().div_ceil(parts.max(1)).max(1);
     let mut made = Vec::new();
     let (mut start, mut first, mut sizes) = (0, 0, Vec::new());
@@ -220,6 +241,7 @@ fn cut<'k>(mut keys: &'k mut [u64], ends: &[usize], parts: usize) -> Vec<Part<'k
                 first,
                 sizes: std::mem::take(&mut sizes),
                 keys: head,
+                room: room.take(taken),
             });
             first = feature + 1;
         }
@@ -281,7 +303,6 @@ impl Columns {
     }
 
     fn append(&mut self, mut other: Self) {
-        self.activations.append(&mut other.activations);
         let (mine, theirs) = (&mut self.features, &mut other.features);
         mine.sum.append(&mut theirs.sum);
         mine.max.append(&mut theirs.max);
@@ -309,25 +330,70 @@ impl Columns {
     }
 }
 
+/// Zeros; None where there is no memory for them.
+fn zeroed<T: Copy + Default>(size: usize) -> Option<Vec<T>> {
+    let mut made = Vec::new();
+    made.try_reserve_exact(size).ok()?;
+    made.resize(size, T::default());
+    Some(made)
+}
+
 impl Activations {
-    fn push(&mut self, feature: u32, keys: &[u64], rows: &[Place]) {
-        self.feature
-            .resize(self.feature.len() + keys.len(), feature as i32);
-        for &key in keys {
-            let (strength, row) = activation(key);
-            let place = &rows[row as usize];
-            self.sequence.push(place.sequence());
-            self.position.push(place.position);
-            self.strength.push(strength);
+    fn zeroed(size: usize) -> Option<Self> {
+        Some(Self {
+            feature: zeroed(size)?,
+            sequence: zeroed(size)?,
+            position: zeroed(size)?,
+            strength: zeroed(size)?,
+        })
+    }
+
+    fn rest(&mut self) -> Room<'_> {
+        Room {
+            feature: &mut self.feature,
+            sequence: &mut self.sequence,
+            position: &mut self.position,
+            strength: &mut self.strength,
+        }
+    }
+}
+
+/// Consecutive rows of [`Activations`] that are to be written.
+#[derive(Debug, Default)]
+struct Room<'a> {
+    feature: &'a mut [i32],
+    sequence: &'a mut [i64],
+    position: &'a mut [i32],
+    strength: &'a mut [f32],
+}
+
+impl<'a> Room<'a> {
+    /// All that was not taken.
+    fn rest(&mut self) -> Room<'_> {
+        Room {
+            feature: &mut *self.feature,
+            sequence: &mut *self.sequence,
+            position: &mut *self.position,
+            strength: &mut *self.strength,
         }
     }
 
-    fn append(&mut self, other: &mut Self) {
-        self.feature.append(&mut other.feature);
-        self.sequence.append(&mut other.sequence);
-        self.position.append(&mut other.position);
-        self.strength.append(&mut other.strength);
+    /// The next so many rows; fewer if there are no more.
+    fn take(&mut self, size: usize) -> Room<'a> {
+        Room {
+            feature: front(&mut self.feature, size),
+            sequence: front(&mut self.sequence, size),
+            position: front(&mut self.position, size),
+            strength: front(&mut self.strength, size),
+        }
     }
+}
+
+fn front<'a, T>(all: &mut &'a mut [T], size: usize) -> &'a mut [T] {
+    let whole = std::mem::take(all);
+    let (head, rest) = whole.split_at_mut(size.min(whole.len()));
+    *all = rest;
+    head
 }
 
 impl Chosen {

@@ -14,10 +14,15 @@ use std::sync::{Mutex, PoisonError};
 use super::scatter::each_code;
 use crate::examples::ShardFile;
 use crate::shard::CodeShardReader;
+use crate::simd::fetch;
 use crate::{Cancel, Error, Result};
 
 /// Rows of the table that one lock guards.
 const STRIPE: usize = 64;
+/// The lists of a feature's rows lie anywhere: they are fetched so many rows before they are read.
+const AHEAD: usize = 6;
+/// Entries of a cache line.
+const LINE: usize = 16;
 
 /// Counts of pairs (a, b), b < a, for the features a of a range.
 #[derive(Debug)]
@@ -174,7 +179,16 @@ impl Coactivation {
                 }
                 continue;
             }
-            for &row in active {
+            for (number, &row) in active.iter().enumerate() {
+                if let Some(&soon) = active.get(number + AHEAD) {
+                    let soon = soon as usize;
+                    let (mut at, end) = (begins[soon] as usize, ends[soon] as usize);
+                    while at <= end {
+                        fetch(lists, at);
+                        at += LINE;
+                    }
+                    fetch(lists, end);
+                }
                 let row = row as usize;
                 let (start, end) = (begins[row] as usize, ends[row] as usize);
                 for &other in &lists[start..end] {

@@ -27,12 +27,14 @@ pub mod partners;
 pub mod place;
 pub mod scatter;
 pub mod spill;
+#[cfg(test)]
+mod tests;
 mod tokens;
 
 pub use bucket::{gather, Columns, Work};
 pub use coactivation::Coactivation;
-pub use page::Options;
-pub use place::{Place, Places};
+pub use page::{Options, Texts};
+pub use place::{Place, Places, Stretches};
 pub use scatter::{count_shards, scatter_shards};
 pub use spill::{Record, Spill};
 pub use tokens::Bases;

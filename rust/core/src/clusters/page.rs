@@ -1,6 +1,6 @@
 //! What one feature's activations tell.
 
-use super::place::{Places, POSITION_BINS, SEGMENTS};
+use super::place::{position_bin, Places, Spot, Stretches, POSITION_BINS, SEGMENTS};
 use super::tokens::{Bases, Lift, Tally};
 use crate::examples::histogram::{bin_of, BINS};
 use crate::examples::samples::Ranking;
@@ -57,34 +57,54 @@ pub struct Page {
     pub lifts: Vec<Lift>,
 }
 
+/// All rows, and what was made of them once for all features.
+#[derive(Debug, Clone, Copy)]
+pub struct Texts<'a> {
+    /// The rows.
+    pub places: Places<'a>,
+    /// Made of them.
+    pub stretches: &'a Stretches,
+    /// Made of them.
+    pub bases: &'a Bases,
+}
+
 /// Makes the pages of one feature after another.
 #[derive(Debug)]
 pub struct Pages<'a> {
-    places: Places<'a>,
+    texts: Texts<'a>,
     tally: Tally<'a>,
     options: Options,
 }
 
 impl<'a> Pages<'a> {
-    pub fn new(places: Places<'a>, bases: &'a Bases, options: Options) -> Self {
+    pub fn new(texts: Texts<'a>, options: Options) -> Self {
         Self {
-            places,
-            tally: Tally::new(bases),
+            texts,
+            tally: Tally::new(texts.bases),
             options,
         }
     }
 
-    /// The page of a feature from its activations, each `row << 32 | bits of the strength`, which
-    /// are sorted: afterwards each is what [`activation`] reads, the strongest first. The error is a
-    /// row that comes twice, or has no place.
-    pub fn make(&mut self, feature: u32, keys: &mut [u64]) -> Result<Page, u32> {
-        keys.sort_unstable();
-        let rows = self.places.rows().len();
+    /// The page of a feature from its activations, each `row << 32 | bits of the strength`, in any
+    /// order; `each(number, spot, strength)` is called for all of them in the order of rows. The
+    /// keys are of no use afterwards. The error is a row that comes twice, or has no place.
+    pub fn make(
+        &mut self,
+        feature: u32,
+        keys: &mut [u64],
+        mut each: impl FnMut(usize, Spot, f32),
+    ) -> Result<Page, u32> {
+        if !keys.is_sorted() {
+            keys.sort_unstable();
+        }
+        let Texts {
+            places, stretches, ..
+        } = self.texts;
         if let Some(pair) = keys.windows(2).find(|pair| pair[0] >> 32 == pair[1] >> 32) {
             return Err((pair[0] >> 32) as u32);
         }
         if let Some(last) = keys.last().map(|key| key >> 32) {
-            if last >= rows as u64 {
+            if last >= places.rows().len() as u64 {
                 return Err(last as u32);
             }
         }
@@ -103,15 +123,19 @@ impl<'a> Pages<'a> {
         // Positive floats are in the order of their bits.
         let largest = keys.iter().map(|&key| key as u32).max().unwrap_or(0);
         page.largest = f32::from_bits(largest);
-        for &key in keys.iter() {
+        for (number, &key) in keys.iter().enumerate() {
             let (row, strength) = ((key >> 32) as usize, f32::from_bits(key as u32));
-            let place = &self.places.rows()[row];
+            let spot = stretches.spot(&places, row);
             page.sum = sum::add(page.sum, strength);
             page.histogram[bin_of(strength)] += 1;
-            page.segments[place.segment()] += 1;
-            page.positions[place.position_bin()] += 1;
-            if self.options.tokens > 0 {
-                self.tally.add(&self.places, row, strength, page.largest);
+            page.segments[spot.segment] += 1;
+            page.positions[position_bin(spot.position)] += 1;
+            each(number, spot, strength);
+        }
+        if self.options.tokens > 0 {
+            for &key in keys.iter() {
+                let (row, strength) = ((key >> 32) as usize, f32::from_bits(key as u32));
+                self.tally.add(&places, row, strength, page.largest);
             }
         }
         page.lifts = self.tally.finish(self.options.tokens);
@@ -119,13 +143,13 @@ impl<'a> Pages<'a> {
         for key in keys.iter_mut() {
             *key = u64::from(!(*key as u32)) << 32 | *key >> 32;
         }
-        keys.sort_unstable();
         page.examples = self.examples(keys);
         page.intervals = self.intervals(seed, keys);
         Ok(page)
     }
 
-    fn examples(&self, keys: &[u64]) -> Vec<(f32, u32)> {
+    /// The strongest, the first of equal ones first. Few are wanted of many: no more are sorted.
+    fn examples(&self, keys: &mut [u64]) -> Vec<(f32, u32)> {
         let Options {
             examples,
             per_sequence,
@@ -133,47 +157,58 @@ impl<'a> Pages<'a> {
         } = self.options;
         let mut found: Vec<(f32, u32)> = Vec::with_capacity(examples.min(keys.len()));
         let mut sequences: Vec<i64> = Vec::new();
-        for &key in keys {
-            if found.len() == examples {
-                break;
+        let (mut start, mut end) = (0, 0);
+        while found.len() < examples && end < keys.len() {
+            // The rest is weaker than what was sorted before.
+            end = keys.len().min((2 * end).max(2 * examples));
+            let rest = &mut keys[start..];
+            if end - start < rest.len() {
+                rest.select_nth_unstable(end - start);
             }
-            let (strength, row) = activation(key);
-            let sequence = self.places.rows()[row as usize].sequence();
-            let present = sequences.iter().filter(|&&id| id == sequence).count();
-            if per_sequence == 0 || present < per_sequence {
-                sequences.push(sequence);
-                found.push((strength, row));
+            rest[..end - start].sort_unstable();
+            for &key in &rest[..end - start] {
+                if found.len() == examples {
+                    break;
+                }
+                let (strength, row) = activation(key);
+                let spot = self.texts.stretches.spot(&self.texts.places, row as usize);
+                let present = sequences.iter().filter(|&&id| id == spot.sequence).count();
+                if per_sequence == 0 || present < per_sequence {
+                    sequences.push(spot.sequence);
+                    found.push((strength, row));
+                }
             }
+            start = end;
         }
         found
     }
 
-    fn intervals(&self, seed: u64, keys: &[u64]) -> Vec<Drawn> {
+    fn intervals(&self, seed: u64, keys: &mut [u64]) -> Vec<Drawn> {
         let Options {
             quantiles,
             per_quantile,
             ..
         } = self.options;
         let ranking = Ranking { seed };
+        // Keys begin with the strongest, intervals with the weakest.
+        let all = keys.len();
+        let cut = |at: usize| all - (all as u128 * at as u128 / quantiles.max(1) as u128) as usize;
+        if all <= quantiles {
+            keys.sort_unstable();
+        } else {
+            let cuts: Vec<usize> = (1..quantiles).rev().map(cut).collect();
+            split(keys, &cuts, 0);
+        }
         let mut drawn = Vec::new();
         for quantile in 0..quantiles {
-            // Keys begin with the strongest, intervals with the weakest.
-            let cut = |at: usize| {
-                keys.len() - (keys.len() as u128 * at as u128 / quantiles as u128) as usize
-            };
             let inside = &keys[cut(quantile + 1)..cut(quantile)];
-            let (Some(&first), Some(&last)) = (inside.first(), inside.last()) else {
+            let (Some(&first), Some(&last)) = (inside.iter().min(), inside.iter().max()) else {
                 continue;
             };
-            let mut ranked: Vec<(u64, u64)> = inside
+            let ranked = inside
                 .iter()
-                .map(|&key| (ranking.rank(i64::from(activation(key).1)), key))
-                .collect();
-            if ranked.len() > per_quantile && per_quantile > 0 {
-                ranked.select_nth_unstable(per_quantile - 1);
-            }
-            ranked.truncate(per_quantile);
-            ranked.sort_unstable();
+                .map(|&key| (ranking.rank(i64::from(activation(key).1)), key));
+            let ranked = least(ranked, per_quantile);
             drawn.extend(ranked.iter().enumerate().map(|(at, &(_, key))| Drawn {
                 quantile,
                 rank: at + 1,
@@ -191,7 +226,7 @@ impl<'a> Pages<'a> {
         let Options {
             negatives, window, ..
         } = self.options;
-        let rows = self.places.rows();
+        let rows = self.texts.places.rows();
         let mut found: Vec<u32> = Vec::new();
         if keys.is_empty() || rows.is_empty() {
             return found;
@@ -211,7 +246,7 @@ impl<'a> Pages<'a> {
 
     /// Whether the feature is active within `window` tokens of a row, in its text.
     fn active_near(&self, row: usize, window: usize, keys: &[u64]) -> bool {
-        let rows = self.places.rows();
+        let rows = self.texts.places.rows();
         let place = &rows[row];
         let first = row.saturating_sub(window) as u64;
         let from = keys.partition_point(|key| key >> 32 < first);
@@ -230,4 +265,40 @@ impl<'a> Pages<'a> {
 #[inline]
 pub fn activation(key: u64) -> (f32, u32) {
     (f32::from_bits(!((key >> 32) as u32)), key as u32)
+}
+
+/// Moves keys so that those before each of the rising `cuts` are less than those from it on. The
+/// first key is number `start`.
+fn split(keys: &mut [u64], cuts: &[usize], start: usize) {
+    let middle = cuts.len() / 2;
+    let Some(&cut) = cuts.get(middle) else {
+        return;
+    };
+    if cut - start < keys.len() {
+        keys.select_nth_unstable(cut - start);
+    }
+    let (before, after) = keys.split_at_mut(cut - start);
+    split(before, &cuts[..middle], start);
+    split(after, &cuts[middle + 1..], cut);
+}
+
+/// The `n` least, in order.
+fn least(all: impl Iterator<Item = (u64, u64)>, n: usize) -> Vec<(u64, u64)> {
+    if n == 0 {
+        return Vec::new();
+    }
+    let mut held: Vec<(u64, u64)> = Vec::new();
+    let mut bound = (u64::MAX, u64::MAX);
+    for one in all {
+        if one <= bound {
+            held.push(one);
+            if held.len() >= n.saturating_mul(2).max(32) {
+                bound = *held.select_nth_unstable(n - 1).1;
+                held.truncate(n);
+            }
+        }
+    }
+    held.sort_unstable();
+    held.truncate(n);
+    held
 }

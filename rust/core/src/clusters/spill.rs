@@ -154,13 +154,31 @@ impl Spill {
                 shared.filled[bucket]
             )));
         }
-        let mut records = vec![Record::zeroed(); size as usize];
+        let mut records: Vec<Record> = Vec::new();
+        usize::try_from(size)
+            .ok()
+            .and_then(|size| records.try_reserve_exact(size).ok())
+            .ok_or_else(|| self.too_large(bucket, size))?;
+        records.resize(size as usize, Record::zeroed());
         let start = SeekFrom::Start(self.bases[bucket] * RECORD);
         let bytes = bytemuck::cast_slice_mut(&mut records);
         let read = shared.file.seek(start);
         read.and_then(|_| shared.file.read_exact(bytes))
             .map_err(|source| io(&self.path, source))?;
         Ok(records)
+    }
+
+    /// What to say where there is no memory for the `size` activations of a bucket.
+    pub(super) fn too_large(&self, bucket: usize, size: u64) -> Error {
+        let features = self.features(bucket);
+        let whose = match features.len() {
+            1 => format!("feature {}", features.start),
+            _ => format!("features {} to {}", features.start, features.end - 1),
+        };
+        Error::InvalidArgument(format!(
+            "the {size} activations of {whose} need more memory to be sorted than this machine \
+             gives (44 bytes each); free some, or build from fewer tokens"
+        ))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {

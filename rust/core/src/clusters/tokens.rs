@@ -1,5 +1,7 @@
 //! The tokens that tell most about a feature.
 
+use std::cmp::Ordering;
+
 use super::place::Places;
 
 /// Where tokens are looked for: before the token it fires on, there, and after it.
@@ -54,6 +56,18 @@ pub struct Lift {
     pub score: f64,
 }
 
+/// By score, ties by token.
+fn order(a: &Lift, b: &Lift) -> Ordering {
+    let by_score = b.score.total_cmp(&a.score);
+    by_score.then_with(|| a.token.cmp(&b.token))
+}
+
+/// No less than `shrunk * ratio.log2()`: a logarithm is at most the exponent and one.
+fn at_most(shrunk: f64, ratio: f64) -> f64 {
+    let exponent = (ratio.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    shrunk * f64::from(exponent + 1)
+}
+
 /// Counts one feature's tokens at a time.
 #[derive(Debug)]
 pub struct Tally<'a> {
@@ -97,43 +111,60 @@ impl<'a> Tally<'a> {
                 (count + counts[token].0, weight + counts[token].1)
             });
             let all = self.bases.totals[at] as f64;
-            let mut lifts: Vec<Lift> = touched
-                .iter()
-                .map(|&token| {
-                    let (count, weight) = std::mem::take(&mut counts[token]);
-                    let base = self.bases.counts[at][token] as f64 / all;
-                    // Where all are too weak to weigh anything, each counts the same.
-                    let weighted_share = match weights {
-                        0 => count as f64 / total as f64,
-                        _ => weight as f64 / weights as f64,
-                    };
-                    let total = total as f64;
-                    let shrunk = (weighted_share * total + SHRINKAGE * base) / (total + SHRINKAGE);
-                    Lift {
-                        offset,
-                        token,
-                        count,
-                        share: count as f64 / total,
-                        weighted_share,
-                        base,
-                        score: shrunk * (shrunk / base).log2(),
-                    }
-                })
-                .collect();
-            let order = |a: &Lift, b: &Lift| {
-                b.score
-                    .total_cmp(&a.score)
-                    .then_with(|| a.token.cmp(&b.token))
-            };
-            if lifts.len() > n && n > 0 {
-                lifts.select_nth_unstable_by(n - 1, order);
+            let mut lifts: Vec<Lift> = Vec::new();
+            for &token in &touched {
+                let (count, weight) = std::mem::take(&mut counts[token]);
+                let base = self.bases.counts[at][token] as f64 / all;
+                // Where all are too weak to weigh anything, each counts the same.
+                let weighted_share = match weights {
+                    0 => count as f64 / total as f64,
+                    _ => weight as f64 / weights as f64,
+                };
+                let total = total as f64;
+                let shrunk = (weighted_share * total + SHRINKAGE * base) / (total + SHRINKAGE);
+                let ratio = shrunk / base;
+                // Most tokens are none of the best, and a logarithm takes long.
+                if lifts.len() == n
+                    && lifts
+                        .last()
+                        .is_none_or(|last| at_most(shrunk, ratio) < last.score)
+                {
+                    continue;
+                }
+                let lift = Lift {
+                    offset,
+                    token,
+                    count,
+                    share: count as f64 / total,
+                    weighted_share,
+                    base,
+                    score: shrunk * ratio.log2(),
+                };
+                let place = lifts.partition_point(|held| order(held, &lift) == Ordering::Less);
+                if place < n {
+                    lifts.truncate(n - 1);
+                    lifts.insert(place, lift);
+                }
             }
-            lifts.truncate(n);
-            lifts.sort_unstable_by(order);
             found.extend(lifts);
             self.touched[at] = touched;
             self.touched[at].clear();
         }
         found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn no_score_is_above_its_bound(shrunk in 1e-12_f64..1.0, base in 1e-9_f64..1.0) {
+            for ratio in [shrunk / base, 1.0, 2.0, 0.5, 2.0_f64.next_down(), 1e-300] {
+                prop_assert!(shrunk * ratio.log2() <= at_most(shrunk, ratio));
+            }
+        }
     }
 }
