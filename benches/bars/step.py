@@ -23,6 +23,7 @@ from r1sae_fast.train import TrainConfig
 from r1sae_fast.train.step import Learner
 
 RATE = 1e-4
+_BATCHES = 4
 Step = Callable[[Tensor], object]
 
 
@@ -62,15 +63,24 @@ def steps(shape: Shape, rows: int, rounds: int, *, whole: bool = True) -> Sectio
         whole: whether sparsify's whole step runs too; with 2048 rows of R1's shape the gradients
             alone take it 10 GB, and Adam's state as much as the weights thrice.
     """
-    x = make_x(rows, shape.d_in, torch.float32)
+    # Each step meets other rows, as in a run: features that fire differ, and so do rows that rest.
+    batches = [make_x(rows, shape.d_in, torch.float32, seed=1 + i) for i in range(_BATCHES)]
+    at = dict.fromkeys(("ours", "sparsify", "gradients"), 0)
+
+    def batch(who: str) -> Tensor:
+        at[who] += 1
+        return batches[at[who] % _BATCHES]
+
     ours, peer = our_step(shape), sparsify(shape)
-    calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(x)}
+    calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(batch("ours"))}
+    for _ in range(_BATCHES):
+        calls["ours"]()  # until nearly all features have moments
     if whole:
         theirs = their_step(peer)
-        calls["sparsify"] = lambda: theirs(x)
+        calls["sparsify"] = lambda: theirs(batch("sparsify"))
 
     def gradients() -> None:
-        peer.step(x)
+        peer.step(batch("gradients"))
         peer.module.zero_grad(set_to_none=True)
 
     calls["sparsify_without_adam"] = gradients
@@ -94,9 +104,8 @@ def measure(who: str, shape: str, rows: int) -> None:
     """The program of :func:`peak_memory`."""
     size = SHAPES[shape]
     step = our_step(size) if who == "ours" else their_step(sparsify(size))
-    x = make_x(rows, size.d_in, torch.float32)
-    step(x)
-    step(x)
+    for seed in range(2):
+        step(make_x(rows, size.d_in, torch.float32, seed=seed))
     print(memory_field("VmHWM"))
 
 

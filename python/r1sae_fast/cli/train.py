@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from r1sae_fast.sae import FastSAE
-    from r1sae_fast.train import TrainFile
+    from r1sae_fast.train import TrainConfig, TrainFile
     from r1sae_fast.train.parallel.layout import Layout
     from r1sae_fast.train.standardise import Source
 
@@ -92,6 +92,12 @@ def train(
             "the features, unless the file's \\[parallel] says otherwise.",
         ),
     ] = None,
+    compute_dtype: Annotated[
+        str, typer.Option(help="float32, or bfloat16 beside float32 weights that learn (CPU).")
+    ] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell steps and memory of the run, and end.")
+    ] = False,
 ) -> None:
     """Train an SAE on harvested activations, or several at once: a file's \\[sweep].
 
@@ -122,6 +128,7 @@ def train(
         "learning_rate": learning_rate,
         "aux_k": aux_k,
         "dead_after_tokens": dead_after_tokens,
+        "compute_dtype": compute_dtype,
         "seed": seed,
     }
     layout = file = None
@@ -152,6 +159,11 @@ def train(
     check_device(device)
     how: dict[str, Any] = {"device": device, "checkpoint_seconds": checkpoint_seconds}
     sweep = None if file is None else file.sweep
+    if dry_run:
+        rows = opened(file, shards, targets, device)
+        for one in (sweep or {"": config}).values():
+            tell_plan(one, rows)
+        return
     narrowest = min(one.d_sae for one in (sweep or {"": config}).values())
     many = in_processes(layout, processes, narrowest)
     require_loggers(log)
@@ -236,6 +248,18 @@ def tell(sae: FastSAE, out: Path, activations: Source, evaluate_rows: int) -> No
             f"on {found.rows:,} of its rows: FVU {found.fvu:.4f} (explained variance "
             f"{found.explained_variance:.4f}), L0 {found.l0:.2f}, dead {found.dead_fraction:.1%}"
         )
+
+
+def tell_plan(config: TrainConfig, activations: Source) -> None:
+    """What a run is going to be, before it."""
+    from r1sae_fast.train.memory import expected_memory
+
+    typer.echo(
+        f"{config.mode}, d_in {activations.d_in}, d_sae {config.d_sae}: {config.steps:,} steps of "
+        f"{config.batch_size:,} rows, learning rate {config.peak_learning_rate:.3g}\n"
+        f"memory: {expected_memory(config, activations.d_in)}, on the CPU, in one process; a dead "
+        f"feature takes {8 * activations.d_in:,} bytes more"
+    )
 
 
 def in_processes(layout: Layout | None, processes: int | None, d_sae: int) -> Layout | None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from r1sae_fast import _core
 from r1sae_fast.ops import _common
 
-__all__ = ["empty_weights", "on_large_pages", "zeros_on_demand"]
+__all__ = ["copy_on_demand", "empty_weights", "on_large_pages", "zeros_on_demand"]
 
 # Below this the system's own caches of addresses do.
 _LARGE_BYTES = 32 << 20
+_COPIED_ROWS = 1024
 
 
 def empty_weights(
@@ -55,3 +56,16 @@ def zeros_on_demand(like: Tensor) -> Tensor:
             pages.madvise(mmap.MADV_NOHUGEPAGE)
     flat = torch.frombuffer(pages, dtype=like.dtype)
     return flat.view(like.shape) if like.is_contiguous() else flat.view(like.T.shape).T
+
+
+def copy_on_demand(tensor: Tensor) -> Tensor:
+    """A copy, in which rows of zeros take no memory where that matters."""
+    copy = zeros_on_demand(tensor)
+    if tensor.dim() != 2:
+        return copy.copy_(tensor)
+    for start in range(0, tensor.shape[0], _COPIED_ROWS):
+        part = tensor[start : start + _COPIED_ROWS]
+        # By bits: a zero may have a sign.
+        touched = part.view(torch.uint8).any(dim=1).bool()
+        copy[start : start + _COPIED_ROWS][touched] = part[touched]
+    return copy

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from r1sae_fast.atomic import replacing
 from r1sae_fast.errors import CheckpointError
+from r1sae_fast.ops._memory import copy_on_demand
 from r1sae_fast.train.parallel import ALONE, Ranks
 
 FILE = "checkpoint.safetensors"
@@ -136,9 +137,9 @@ class Checkpoint:
                 for name in file.keys():  # noqa: SIM118
                     if only is not None and name not in {*only, _CENTRE, _TARGET_CENTRE}:
                         continue
-                    # Cloned: what is read here is written to, and its file is replaced.
+                    # Copied: what is read here is written to, and its file is replaced.
                     if lies_with_features(name):
-                        tensors[name] = file.get_slice(name)[start:stop].clone()
+                        tensors[name] = copy_on_demand(file.get_slice(name)[start:stop])
                     else:
                         tensors[name] = file.get_tensor(name).clone()
             counters = Counters(**header["counters"])

@@ -10,6 +10,7 @@ from typing import Any
 MODES = ("batch_topk", "topk", "matryoshka", "jumprelu", "relu")
 SPARSITIES = ("target", "l0", "tanh")
 ADAMS = ("dense", "sparse")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 _PENALISED = ("jumprelu", "relu")
 _SHARED_CODES = ("batch_topk", "matryoshka")
 _BELONGS = {
@@ -51,6 +52,9 @@ class TrainConfig:
         adam: "dense": the moments of a row whose feature has no codes decay and it moves on, as in
             ``torch.optim.Adam``; "sparse" (CPU only): it is left as it is, moments too, as in
             ``torch.optim.SparseAdam``, which saves its share of the memory traffic.
+        compute_dtype: "float32", or "bfloat16" (CPU only): codes, what they decode to and the
+            gradients are computed with weights rounded to bfloat16; what Adam moves, the checkpoint
+            and the finished SAE stay float32 (see :mod:`r1sae_fast.train.mixed`).
         warmup: share of the steps in which the rate rises linearly.
         decay: share of the steps, at the end, in which it falls linearly to 0.
         gradient_clip: largest norm of all gradients together.
@@ -105,6 +109,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float | None = None
     adam: str = "dense"
+    compute_dtype: str = "float32"
     warmup: float = 0.05
     decay: float = 0.3
     gradient_clip: float = 1.0
@@ -147,6 +152,11 @@ class TrainConfig:
         self._check_architecture()
         if self.adam not in ADAMS:
             raise ValueError(f"adam is {self.adam!r}; expected one of {', '.join(ADAMS)}")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(
+                f"compute_dtype is {self.compute_dtype!r}; expected one of "
+                f"{', '.join(COMPUTE_DTYPES)}"
+            )
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, 0.0, math.inf)
         for name in ("beta1", "beta2", "threshold_decay"):

@@ -23,6 +23,9 @@ from r1sae_fast.train.step import Learner
 
 __all__ = ["as_sae", "thresholds"]
 
+_ROWS = 1024
+"""In float64 at once."""
+
 _ENCODES = {"matryoshka": "batch_topk", "jumprelu": "threshold", "relu": "threshold"}
 """In which mode the SAE encodes, where that is not the mode it was trained in."""
 
@@ -63,7 +66,9 @@ def as_sae(learner: Learner, weights: dict[str, Tensor], by: Standardisation) ->
         if not config.tied:
             sae.W_enc.copy_(encoder.T)
         # In float64: centre @ encoder is a sum of large terms that nearly cancel.
-        shift = (encoder.double() @ by.centre.double()).float()
+        shift = torch.cat(
+            [part.double() @ by.centre.double() for part in torch.split(encoder, _ROWS)]
+        ).float()
         sae.b_enc.copy_(weights["b_enc"] / aim.scale - shift)
         sae.b_dec.copy_(weights["b_dec"] / aim.scale + aim.centre)
         if skip is not None and sae.W_skip is not None:

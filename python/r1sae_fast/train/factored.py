@@ -10,6 +10,7 @@ from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
+from r1sae_fast.ops.decode import _gradient_of_values
 from r1sae_fast.ops.sparse_grad import feature_lists, gradient_of_values
 from r1sae_fast.optim import FactoredGradient
 from r1sae_fast.train.gradients import (
@@ -43,21 +44,25 @@ def gradients(
     decoder = encoder if tied else FactoredGradient(d_sae, d_in)
     result = Gradients(encoder, decoder, torch.zeros(d_sae), [])
     for part in parts:
-        result.of_values.append(_add(result, part, x, weights.decoder, scale))
+        result.of_values.append(_add(result, part, x, weights, scale))
     if auxiliary is None:
         return result, torch.zeros(())
     return result, _add_auxiliary(result, x, weights, error, auxiliary)
 
 
 def _add(
-    to: Gradients[FactoredGradient], part: Part, x: Tensor, decoder: Tensor, scale: float
+    to: Gradients[FactoredGradient], part: Part, x: Tensor, weights: Weights, scale: float
 ) -> Tensor:
     """Adds what ``scale`` times the part's gradient makes of its codes; returns their values'."""
     if part.learns and is_dense(part.codes):
-        return _add_dense(to, part, x, decoder, scale)
+        return _add_dense(to, part, x, weights.decoder, scale)
     codes, gradient = part.codes, part.gradient
-    lists = feature_lists(codes.indices, codes.row_offsets, decoder.shape[0])
-    of_values = gradient_of_values(lists, gradient, decoder).mul_(scale)
+    lists = feature_lists(codes.indices, codes.row_offsets, weights.decoder.shape[0])
+    if weights.rounded_decoder is None:
+        of_values = gradient_of_values(lists, gradient, weights.decoder).mul_(scale)
+    else:
+        where = (codes.indices, codes.row_offsets)
+        of_values = _gradient_of_values(gradient, *where, weights.rounded_decoder).mul_(scale)
     if part.extra is not None:
         of_values += part.extra
     if not part.learns:
@@ -107,7 +112,7 @@ def _add_auxiliary(
         features = dead[codes.indices.long()].to(torch.int32)
         d_sae = weights.decoder.shape[0]
         among_all = SparseCodes(codes.values, features, codes.row_offsets, d_sae)
-        _add(to, Part(among_all, missed), x, weights.decoder, scale)
+        _add(to, Part(among_all, missed), x, weights._replace(rounded_decoder=None), scale)
         return loss
     of_values = (missed @ decoder.T).mul_(scale).mul_(kept > 0)
     to.b_enc[dead] += of_values.sum(0)

@@ -34,6 +34,8 @@ class Weights(NamedTuple):
     encoder: Tensor
     decoder: Tensor
     b_enc: Tensor
+    rounded_decoder: Tensor | None = None
+    """In bfloat16, where steps compute with it (:mod:`r1sae_fast.train.mixed`)."""
 
 
 class Auxiliary(NamedTuple):

@@ -70,7 +70,7 @@ def resample(learner: Learner, x: Tensor, number: int, target: Tensor | None = N
         if "asleep" in state and parameters[name].dim() == 2:
             state["asleep"][dead] = 0
     learner.unfired_tokens[dead] = 0
-    learner.screen.refresh(dead)
+    learner.weights_changed(is_dead, is_dead)
     return count
 
 

@@ -114,7 +114,7 @@ class Run:
                 self.loader.load_state_dict(saved.loader, folder)
             else:
                 self.loader.load_state_dict(saved.loader)
-            self.learner.load_tensors(saved.tensors)
+            self.learner.load_tensors(saved.tensors, take=True)
             self.learner.threshold = saved.counters.threshold
             self.learner.threshold_weight = saved.counters.threshold_weight
             self.learner.l0, self.learner.found = saved.counters.l0, saved.counters.found
@@ -327,4 +327,5 @@ def _check_transcoder(config: TrainConfig, transcodes: bool) -> None:
 def _of_before(config: TrainConfig) -> dict[str, Any]:
     """What a run had for ``config`` before there was a choice."""
     shared = 0.0 if config.row_by_row(0) else config.topk_warmup
-    return {"adam": "dense", "skip_connection": False, "topk_warmup": shared}
+    before = {"adam": "dense", "compute_dtype": "float32", "skip_connection": False}
+    return {**before, "topk_warmup": shared}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from r1sae_fast import ops
 from r1sae_fast.codes import SparseCodes
-from r1sae_fast.ops._memory import empty_weights, zeros_on_demand
+from r1sae_fast.ops._memory import copy_on_demand, empty_weights
 from r1sae_fast.optim import FactoredGradient, clip_grad_norm_
 from r1sae_fast.optim.factored import turning
 from r1sae_fast.optim.update import Settings, settle, update
@@ -22,8 +22,10 @@ from r1sae_fast.train import by_kernels, factored
 from r1sae_fast.train import gradients as dense
 from r1sae_fast.train.clock import Clock
 from r1sae_fast.train.config import TrainConfig
+from r1sae_fast.train.directions import first_directions, unit_rows
 from r1sae_fast.train.gradients import Auxiliary, Weights
 from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu, topk, transcoder
+from r1sae_fast.train.mixed import RoundedWeights, WideningFinder
 from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.select import DenseFinder, RowByRow
 
@@ -40,8 +42,8 @@ class StepFigures:
     dead: int
 
 
-_DRAWN_ROWS = 1024
 _CACHED_NUMBERS = 1 << 18
+_ROWS = 1024
 
 _SHARED = ("b_dec", transcoder.SKIP)
 """Parameters that every process has whole; the others lie with the features."""
@@ -81,6 +83,11 @@ class Learner:
         self.in_factors = device.type == "cpu" if in_factors is None else in_factors
         on_gpu = device.type == "cuda"
         self.by_kernels = not self.in_factors and (on_gpu if by_kernels is None else by_kernels)
+        if config.compute_dtype == "bfloat16" and not self.in_factors:
+            raise ValueError(
+                f'compute_dtype is "bfloat16" on {device}; expected "float32" there: computing in '
+                "bfloat16 beside float32 weights is for CPUs so far"
+            )
         if config.adam == "sparse" and not self.in_factors:
             raise ValueError(f'adam is "sparse" on {device}; expected "dense" there')
         self.config = config
@@ -92,11 +99,11 @@ class Learner:
         self.features = end - self.first
         """Own ones."""
         self.transcodes = transcodes
-        directions = _first_directions(config.seed, config, d_in, self.first, end).to(device)
+        directions = first_directions(config.seed, config, d_in, self.first, end).to(device)
         self.parameters: dict[str, Tensor] = {"encoder": directions}
         if transcodes:
             seed = (config.seed + _TARGETS) % 2**63
-            others = _first_directions(seed, config, d_in, self.first, end)
+            others = first_directions(seed, config, d_in, self.first, end)
             self.parameters["decoder"] = others.to(device)
         elif not config.tied:
             decoder = empty_weights(*directions.shape, dtype=torch.float32, device=device)
@@ -110,9 +117,11 @@ class Learner:
         self.adam_state: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         """Adam's moments, by parameter; as torch.optim.Adam names them."""
         self._torch_adam = None if self.in_factors else self._make_torch_adam()
-        self.screen = ops.Screen(
-            self.parameters["encoder"], self.parameters["b_enc"], rows=config.batch_size
-        )
+        self.rounded = None
+        """What steps compute with, where that is not float32."""
+        if config.compute_dtype == "bfloat16":
+            self.rounded = RoundedWeights(self.parameters)
+        self.screen = ops.Screen(*self._encoder_in_use(), rows=config.batch_size)
         """Finds codes, unless all is plain torch."""
         self.unfired_tokens = torch.zeros(self.features, dtype=torch.int64, device=device)
         """Tokens since each feature last fired."""
@@ -205,14 +214,30 @@ class Learner:
             update(parameter, self.adam_state[name], settings)
             if before is not None:
                 moved = parameter != before
-        self.screen.refresh(self._moved_features(moved))
+        rows = {name: self._moved_rows(name) for name in ("encoder", "decoder")}
+        in_encoder = rows["encoder"]
+        if in_encoder is not None:
+            in_encoder = in_encoder | moved
+        self.weights_changed(in_encoder, rows["decoder"])
 
-    def _moved_features(self, biases_moved: Tensor) -> Tensor | None:
-        """Features whose weights or biases the last update may have changed; None for any."""
-        asleep = self.adam_state["encoder"].get("asleep")
+    def _moved_rows(self, name: str) -> Tensor | None:
+        """Rows that the last update may have changed, ``[features]`` bool; None for any."""
+        asleep = self.adam_state.get(name, {}).get("asleep")
         if asleep is None or self.config.adam != "dense":
             return None
-        return ((asleep == 0) | biases_moved).nonzero().flatten()
+        return asleep == 0
+
+    def weights_changed(self, in_encoder: Tensor | None, in_decoder: Tensor | None) -> None:
+        """Brings copies of the weights up to date.
+
+        Args:
+            in_encoder: which features' encoder rows or biases changed, ``[features]`` bool; None:
+                any may have.
+            in_decoder: likewise of the decoder's rows.
+        """
+        if self.rounded is not None:
+            self.rounded.refresh({"encoder": in_encoder, "decoder": in_decoder})
+        self.screen.refresh(None if in_encoder is None else in_encoder.nonzero().flatten())
 
     def _make_torch_adam(self) -> torch.optim.Optimizer:
         rate, betas = self.config.peak_learning_rate, self.config.betas
@@ -239,7 +264,7 @@ class Learner:
             group["lr"] = learning_rate
         adam.step()
         if not self.config.tied:
-            _unit_rows(self.decoder)
+            unit_rows(self.decoder)
 
     @torch.no_grad()
     def gradients(
@@ -297,7 +322,8 @@ class Learner:
         return StepFigures(forward.loss, aux_loss, fvu, self.l0, dead_count), found
 
     def _weights(self) -> Weights:
-        return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"])
+        rounded = None if self.rounded is None else self.rounded.decoder
+        return Weights(self.parameters["encoder"], self.decoder, self.parameters["b_enc"], rounded)
 
     def sae(self, row_by_row: bool = False) -> Sae:
         """As losses see it."""
@@ -309,9 +335,16 @@ class Learner:
     def _finder(self) -> Finder:
         # A screen computes what it can't exclude one by one.
         many = self.config.penalised and self.found > dense.DENSE_SHARE * self.config.d_sae
-        if (self.in_factors or self.by_kernels) and not many:
-            return self.screen
-        return DenseFinder(self.parameters["encoder"], self.parameters["b_enc"])
+        finder: Finder = self.screen
+        if many or not (self.in_factors or self.by_kernels):
+            finder = DenseFinder(*self._encoder_in_use())
+        return finder if self.rounded is None else WideningFinder(finder)
+
+    def _encoder_in_use(self) -> tuple[Tensor, Tensor]:
+        """The encoder and b_enc that codes are found with."""
+        if self.rounded is not None:
+            return self.rounded.encoder, self.rounded.b_enc
+        return self.parameters["encoder"], self.parameters["b_enc"]
 
     def _decode(self, codes: SparseCodes) -> Tensor:
         return self.ranks.decoded(self._decode_own, codes)
@@ -319,6 +352,8 @@ class Learner:
     def _decode_own(self, codes: SparseCodes) -> Tensor:
         if dense.is_dense(codes):
             return codes.to_dense() @ self.decoder
+        if self.rounded is not None:
+            return ops.decode(codes, self.rounded.decoder)
         if self.in_factors or self.by_kernels:
             return ops.decode(codes, self.decoder)
         return dense.decode(codes, self.decoder)
@@ -340,7 +375,9 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether no own weight is NaN or infinite."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.parameters.values())
+        # Some at a time: the answer takes as much memory as the question.
+        parts = (part for tensor in self.parameters.values() for part in torch.split(tensor, _ROWS))
+        return all(bool(part.isfinite().all()) for part in parts)
 
     # -- what a checkpoint keeps --------------------------------------------------------------
 
@@ -365,55 +402,35 @@ class Learner:
                 settle(state, self.config.betas)
                 state["asleep"].zero_()
 
-    def load_tensors(self, state: dict[str, Tensor]) -> None:
-        """Takes what :meth:`tensors` gave."""
+    def load_tensors(self, state: dict[str, Tensor], *, take: bool = False) -> None:
+        """Takes what :meth:`tensors` gave.
+
+        Args:
+            take: they are nobody else's: ``state`` is emptied, and moments become the learner's own
+                without a copy, of which there would be no room at a size that just fits.
+        """
+        if not take:
+            state = dict(state)
         for name, parameter in self.parameters.items():
-            parameter.copy_(state[name])
+            parameter.copy_(state.pop(name))
             prefix = f"adam.{name}."
-            parts = {
-                key.removeprefix(prefix): _kept(tensor)
-                for key, tensor in state.items()
-                if key.startswith(prefix)
-            }
+            parts: dict[str, Tensor] = {}
+            for key in [key for key in state if key.startswith(prefix)]:
+                tensor = state.pop(key)
+                parts[key.removeprefix(prefix)] = tensor if take else copy_on_demand(tensor)
             if not self.in_factors and "asleep" in parts:  # torch's Adam knows of no sleep
                 settle(parts, self.config.betas)
                 del parts["asleep"], parts["least_rate"]
             # In place: torch's Adam, where it is used, holds the same dict.
             self.adam_state[name].clear()
             self.adam_state[name].update(parts)
-        self.unfired_tokens.copy_(state["unfired_tokens"])
+        self.unfired_tokens.copy_(state.pop("unfired_tokens"))
+        self.weights_changed(None, None)
 
-
-def _first_directions(seed: int, config: TrainConfig, d_in: int, start: int, end: int) -> Tensor:
-    """Rows ``start`` to ``end`` of the first encoder (decoder), without making all at once."""
-    # On the CPU whatever the device, so that the seed means the same weights everywhere.
-    generator = torch.Generator().manual_seed(seed)
-    result = empty_weights(end - start, d_in, dtype=torch.float32)
-    at = 0
-    while at < config.d_sae:
-        # Torch draws 16 numbers at a time: in such blocks it draws what it draws in one.
-        size = config.d_sae - at
-        if size >= 2 * _DRAWN_ROWS and end - start < config.d_sae:
-            size = _DRAWN_ROWS
-        block = _unit_rows(torch.randn(size, d_in, generator=generator))
-        low, high = max(start, at), min(end, at + size)
-        if low < high:
-            result[low - start : high - start] = block[low - at : high - at]
-        at += size
-    return result
-
-
-def _kept(tensor: Tensor) -> Tensor:
-    """A copy, in which rows of zeros take no memory where that matters."""
-    copy = zeros_on_demand(tensor)
-    if tensor.dim() != 2:
-        return copy.copy_(tensor)
-    for start in range(0, tensor.shape[0], _DRAWN_ROWS):
-        part = tensor[start : start + _DRAWN_ROWS]
-        # By bits: a zero may have a sign.
-        touched = part.view(torch.uint8).any(dim=1).bool()
-        copy[start : start + _DRAWN_ROWS][touched] = part[touched]
-    return copy
+    def forget_moments(self) -> None:
+        """Gives Adam's memory back: after the last step."""
+        for state in self.adam_state.values():
+            state.clear()
 
 
 def _squared_deviations(x: Tensor) -> Tensor:
@@ -423,8 +440,3 @@ def _squared_deviations(x: Tensor) -> Tensor:
     rows = max(1, _CACHED_NUMBERS // x.shape[1])
     parts = torch.split(x, rows) if x.device.type == "cpu" else (x,)
     return torch.stack([(part - mean).square().sum() for part in parts]).sum()
-
-
-def _unit_rows(matrix: Tensor) -> Tensor:
-    """Scales each row to norm 1, in place."""
-    return matrix.div_(matrix.norm(dim=1, keepdim=True).clamp_min(1e-12))

@@ -70,6 +70,7 @@ def train(
             progress=progress,
             on_metrics=on_metrics,
         )
+        run.learner.forget_moments()
         sae = run.sae()
         sae.save(folder)
         return sae

@@ -28,9 +28,46 @@ pub fn prefer_large_pages<T>(slice: &[T]) {
     let _ = slice;
 }
 
+/// Has the system find all pages of a slice that is about to be written to for the first time, in one
+/// call (Linux; elsewhere nothing). Being told of one page after another takes several times as long.
+pub fn populate<T>(slice: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096;
+        let start = slice.as_ptr() as usize / PAGE * PAGE;
+        let end = (slice.as_ptr() as usize + size_of_val(slice)).next_multiple_of(PAGE);
+        if size_of_val(slice) >= 2 * PAGE {
+            // SAFETY: the pages hold the slice, so they are mapped; the call changes no contents. Where
+            // pages are larger or the kernel is older than 5.14, it is refused, and nothing happens.
+            unsafe {
+                libc::madvise(
+                    start as *mut libc::c_void,
+                    end - start,
+                    libc::MADV_POPULATE_WRITE,
+                );
+            }
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = slice;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn populated_pages_keep_their_contents() {
+        let mut numbers: Vec<u32> = (0..1 << 16).collect();
+        populate(&mut numbers);
+        populate(&mut numbers[3..5000]);
+        populate(&mut numbers[..9]);
+        populate::<u8>(&mut []);
+        assert!(numbers
+            .iter()
+            .enumerate()
+            .all(|(at, number)| at == *number as usize));
+    }
 
     #[test]
     fn contents_stay_as_they_are() {

@@ -11,6 +11,7 @@
 use std::ops::Range;
 
 use crate::grad::{check_sources, Row, Source};
+use crate::memory::populate;
 use crate::rows::by_cost;
 use crate::simd::Simd;
 use crate::{pool, Error, Result};
@@ -236,6 +237,11 @@ impl Part<'_> {
             let gradient = row.of(feature)?;
             if gradient.is_none() && (step.idle == Idle::Freeze || (*asleep != 0 && !step.wake)) {
                 continue;
+            }
+            if gradient.is_some() && (*asleep != 0 || step.number == 1) {
+                // Moments have no memory before they are written to.
+                populate(m);
+                populate(v);
             }
             if gradient.is_none() && m.iter().all(|mean| *mean == 0.0) {
                 // Never had a code, or long ago: without a mean nothing moves, whatever the step.
