@@ -20,7 +20,8 @@ def write(path: Path, text: str) -> Path:
 def test_every_setting(tmp_path: Path) -> None:
     config = TrainConfig(
         d_sae=64, k=4, mode="matryoshka", tied=True, tokens=100, batch_size=7, learning_rate=0.5,
-        beta1=0.5, beta2=0.75, adam="sparse", warmup=0.25, decay=0.125, gradient_clip=2.0,
+        beta1=0.5, beta2=0.75, adam="sparse", compute_dtype="bfloat16",
+        warmup=0.25, decay=0.125, gradient_clip=2.0,
         aux_coefficient=0.5, aux_k=9, dead_after_tokens=11, threshold_decay=0.5,
         outlier_factor=3.0, seed=12, matryoshka_widths=(3, 64),
     )  # fmt: skip

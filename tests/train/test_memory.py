@@ -59,10 +59,10 @@ def test_the_peak_is_within_the_formula_at_two_widths(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout))
         expected.append(expected_memory(config(d_sae), D_IN, stored_bytes=2))
-    # glibc hands blocks of up to 32 MiB back late.
+    # glibc keeps up to 64 MiB of what was given back.
     for peak, told in zip(peaks, expected, strict=True):
-        assert peak <= 16 * told.parameters + told.batch + 32 * MIB
-        assert peak <= told.total + 32 * MIB
+        assert peak <= 16 * told.parameters + told.batch + 64 * MIB
+        assert peak <= told.total + 64 * MIB
     # What both have alike is gone from the difference (found: 13.4 bytes a parameter). One more
     # array as large as a matrix, a gradient that is written out, would be 2 more.
     grown = (peaks[1] - peaks[0]) / (expected[1].parameters - expected[0].parameters)
