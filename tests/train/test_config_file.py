@@ -30,7 +30,7 @@ def test_every_setting(tmp_path: Path) -> None:
         for name, value in config.to_dict().items()
         if value is not None
     ]
-    assert len(lines) == 21  # all but those of other modes
+    assert len(lines) == 22  # all but those of other modes
     path = write(tmp_path / "run.toml", "\n".join(["shards = 'a'", "out = '/b'", *lines]))
     file = read_train_file(path)
     assert file.config == config
