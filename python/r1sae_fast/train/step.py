@@ -152,6 +152,7 @@ class Learner:
         scale = float((made * x).sum() / made.square().sum())
         if 0.0 < scale < math.inf:
             self.parameters["encoder"].mul_(scale)
+            self.weights_changed(None, None)
 
     @property
     def decoder(self) -> Tensor:
