@@ -16,6 +16,8 @@ TOLERANCE = 0.2
 """How much of its lead over the reference a path may lose without a word."""
 FATAL = 0.2
 """How much it may lose, beyond what the baseline's own runs differed by, before the check fails."""
+MOST_SPREAD = 0.25
+"""How much a baseline's runs may differ; with more, even half the speed might be chance."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ def read_baseline(path: Path) -> dict[str, Ratio]:
 
 
 def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Writes the medians of several runs on one machine, and how far the worst fell short."""
+    """Writes the medians of several runs on one machine, and how far the worst fell short.
+
+    Raises:
+        ValueError: runs that differ so much that even half the speed might be chance.
+    """
     ratios: dict[str, list[Ratio]] = {}
     for run in runs:
         for result in filter(lambda result: result["compared"], run["results"]):
@@ -130,6 +136,12 @@ def write_baseline(path: Path, runs: list[dict[str, Any]]) -> None:
         "runs": len(runs),
         "ratios": {name: _middle(found) for name, found in sorted(ratios.items())},
     }
+    for name, line in content["ratios"].items():
+        if line["spread"] > MOST_SPREAD:
+            raise ValueError(
+                f"{name}: runs differ by {line['spread']:.0%}, more than {MOST_SPREAD:.0%}; "
+                "measure on a quieter machine"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 

@@ -117,6 +117,16 @@ def test_baseline_is_the_median_of_runs(tmp_path: Path) -> None:
     assert {"name", "features"} <= facts["cpu"].keys()
 
 
+def test_runs_that_differ_make_no_baseline(tmp_path: Path) -> None:
+    runs = [
+        {"machine": machine.facts(), "when": "now", "results": table(a=ratio)}
+        for ratio in (2.0, 5.0, 5.0)
+    ]
+    with pytest.raises(ValueError, match="a: runs differ by 60%"):
+        write_baseline(tmp_path / "b.json", runs)
+    assert not (tmp_path / "b.json").exists()
+
+
 def test_not_a_baseline(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(ValueError, match="is no baseline"):

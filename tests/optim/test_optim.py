@@ -1,6 +1,5 @@
 """Adam and clipping on factored gradients against torch's on dense ones."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from r1sae_fast import FastSAE, _core, ops
 from r1sae_fast.optim import Adam, FactoredGradient, clip_grad_norm_, factored_gradient
+
+SMAPS = Path("/proc/self/smaps")
 
 LEVELS = ops.simd_info().available
 
@@ -414,7 +415,10 @@ def test_what_else_adds_to_the_rows_of_a_product(unit_rows: bool, transposed: bo
     torch.testing.assert_close(mine.T if transposed else mine, theirs)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are counted by Linux")
+@pytest.mark.skipif(
+    not SMAPS.exists() or "Rss:" not in SMAPS.read_text(),
+    reason="the system doesn't tell a process's own pages",
+)
 def test_moments_of_features_that_never_fire_take_no_memory() -> None:
     """Nor does a state dict make them take any."""
     weight = torch.nn.Parameter(torch.ones(8192, 1024))
@@ -434,7 +438,7 @@ def test_moments_of_features_that_never_fire_take_no_memory() -> None:
 def resident_bytes(address: int) -> int:
     """Of the mapping that holds the address; pages that were only read are not counted."""
     holds = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in SMAPS.read_text().splitlines():
         name, *rest = line.split()
         if "-" in name and not name.endswith(":"):
             start, end = (int(part, 16) for part in name.split("-"))
@@ -465,6 +469,14 @@ def test_bad_settings_are_refused() -> None:
 
 def test_gradients_that_do_not_fit_are_refused() -> None:
     gradient = FactoredGradient(3, 2)
+    left, right = torch.ones(4, 2), torch.ones(4, 2)
+    for features in ([1, 1], [2, 1], [-1, 1], [1, 3]):
+        with pytest.raises(ValueError, match="rise from at least 0 to at most 2, each once"):
+            gradient.add_product(torch.tensor(features), left, right)
+    with pytest.raises(ValueError, match=r"features are torch\.int32"):
+        gradient.add_product(torch.tensor([0, 1], dtype=torch.int32), left, right)
+    with pytest.raises(ValueError, match=r"expected \[n\], \[rows, n\] and \[rows, 2\]"):
+        gradient.add_product(torch.tensor([0]), left, right)
     lists = _core.FeatureLists(
         torch.tensor([1], dtype=torch.int32).numpy(), torch.tensor([0, 1]).numpy(), 3
     )

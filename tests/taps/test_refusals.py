@@ -96,6 +96,10 @@ def test_what_does_not_fit_the_call(
             lambda sae: SetFeatures(1, FastSAE(48, 64, 4, mode="batch_topk"), {3: 1.0}),
             "would depend on the tokens",
         ),
+        (
+            lambda sae: SetFeatures(1, FastSAE(48, 64, 4, mode="topk", transcoder=True), {3: 1.0}),
+            "this is a transcoder",
+        ),
     ],
 )
 def test_what_never_fits(sae: FastSAE, make: Callable[[FastSAE], Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Each architecture's sparse gradients against autograd on its dense definition."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,7 +107,13 @@ SHARE = 0.75
     seed=st.integers(0, 2**32),
 )
 def test_gradients_are_those_of_the_definition(
-    way: str, settings: dict[str, Any], rows: int, d_in: int, dead: int, seed: int
+    assume_clear: Callable[..., None],
+    way: str,
+    settings: dict[str, Any],
+    rows: int,
+    d_in: int,
+    dead: int,
+    seed: int,
 ) -> None:
     settings = {
         "d_sae": 63,
@@ -120,6 +127,7 @@ def test_gradients_are_those_of_the_definition(
     quiet = (mine.unfired_tokens > 0).nonzero().flatten()[:dead]
     mine.unfired_tokens.zero_()
     mine.unfired_tokens[quiet] = 1000
+    assume_clear(mine, x, quiet)
     loss, expected = by_autograd(mine, x, quiet)
     figures, found = mine.gradients(x, SHARE)
     assert figures.dead == len(quiet)

@@ -57,7 +57,7 @@ class Asker:
         label = await self._ask(sample.feature, request, read_label, usage)
         if label is None:
             raise UnusableError(
-                f"no line 'LABEL: ...' in {_TRIES} answers (empty, cut off at explain_tokens, "
+                "no line 'LABEL: ...' in any answer (empty, cut off at explain_tokens, "
                 "or something else); they are kept and not asked for again, but with "
                 "retry_failed (--retry-failed)"
             )

@@ -51,13 +51,15 @@ SCREEN_KINDS: tuple[ScreenKind, ...] = get_args(ScreenKind)
 _FEWEST_WEIGHTS = {torch.float32: 1 << 22, torch.bfloat16: 1 << 25}
 # So it is where rows are few; 2048 rows take half the time with a screen (256 x 4096: 16 ms, dense
 # 33; one row 0.33 and 0.23), so whoever knows that rows are many has it from fewer weights on.
-_FEWEST_FOR_MANY_ROWS = 1 << 20
+_FEWEST_OF_ALL = 1 << 20
 _MANY_ROWS = 512
 # Short rows are another matter, as rounding them to 8 bits takes as long as their products: by
 # screens of bf16 2048 float32 rows of 256 numbers, 4096 features, take 15 ms instead of 18 (512 and
 # 8192: 32 instead of 36; 768: 78 instead of 72), and rounding the weights anew, which a step of
-# training does, half the time.
+# training does, half the time. 256 x 4096 and more features, so, are screened from 2^20 weights on
+# whoever asks: dense takes 1.9 times as long at 256 rows, as long at 64, 0.6 of it at one.
 _SHORT_ROWS = 512
+_WIDE = 4096
 # Rounding all weights costs as much as the dense codes of about this many rows.
 _ROWS_OF_A_REFRESH = 64
 # Kernels that beat torch's products; without VNNI 8-bit products are little faster than float32's.
@@ -216,11 +218,14 @@ class Screen:
             return self.requested, "as asked for"
         if problem is not None:
             return "none", problem
-        fewest = _FEWEST_FOR_MANY_ROWS
-        if not _device.on_gpu(self._W) and (
-            self._rows < _MANY_ROWS or self._W.dtype != torch.float32
-        ):
-            fewest = _FEWEST_WEIGHTS[self._W.dtype]
+        d_sae, d_in = self._W.shape
+        coarse = _core.screen_kernels("bf16")[0]
+        short = d_in <= _SHORT_ROWS and self._W.dtype == torch.float32
+        short &= coarse in _FAST_COARSE_KERNELS
+        many = self._rows >= _MANY_ROWS and self._W.dtype == torch.float32
+        fewest = _FEWEST_WEIGHTS.get(self._W.dtype, 0)
+        if _device.on_gpu(self._W) or many or (short and d_sae >= _WIDE):
+            fewest = _FEWEST_OF_ALL
         if self._W.numel() < fewest:
             return "none", f"fewer than {fewest} weights: a dense product is as fast"
         if _device.on_gpu(self._W):
@@ -232,9 +237,7 @@ class Screen:
         kind, kernel = best_screen(self._W.dtype)
         if kind == "none":
             return "none", "this CPU has no fast 8-bit products (AMX or VNNI)"
-        coarse, d_in = _core.screen_kernels("bf16")[0], self._W.shape[1]
-        short = d_in <= _SHORT_ROWS and self._W.dtype == torch.float32
-        if short and coarse in _FAST_COARSE_KERNELS:
+        if short:
             return "bf16", f"rows of {d_in} are too short for 8 bits to pay beside {coarse}"
         return "int8", f"8-bit products by {kernel} are the fastest here"
 

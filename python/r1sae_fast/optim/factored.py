@@ -106,7 +106,24 @@ class FactoredGradient:
         """Adds ``left.T @ right`` to the rows ``features`` (int64, rising).
 
         Worth it where more than some percent of ``left [rows, n]`` are not 0.
+
+        Raises:
+            ValueError: shapes that don't fit, or features that don't rise from 0 to below d_sae.
         """
+        count = left.shape[-1]
+        shapes = (tuple(features.shape), tuple(left.shape), tuple(right.shape))
+        if shapes != ((count,), (left.shape[0], count), (left.shape[0], self.d_in)):
+            raise ValueError(
+                f"features, left and right have shapes {', '.join(map(str, shapes))}; expected "
+                f"[n], [rows, n] and [rows, {self.d_in}]"
+            )
+        rising = bool((features[1:] > features[:-1]).all())
+        inside = not count or (int(features[0]) >= 0 and int(features[-1]) < self.d_sae)
+        if features.dtype != torch.int64 or not (rising and inside):
+            raise ValueError(
+                f"features are {features.dtype}, rising: {rising}; expected int64 that rise from "
+                f"at least 0 to at most {self.d_sae - 1}, each once"
+            )
         self._products.append(Product(features, left, right))
 
     def extend(self, other: FactoredGradient) -> None:

@@ -35,7 +35,8 @@ class PairedShards:
 
     Args:
         inputs: what is encoded; a folder, or open shards.
-        targets: what is to be made of it, as many rows in the same order.
+        targets: what is to be made of it, as many rows in the same order. Tokens, sequences,
+            positions and segments are compared as rows are read, where both folders know them.
 
     Raises:
         FileNotFoundError, ShardError: as for each of them.

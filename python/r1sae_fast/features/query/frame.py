@@ -162,6 +162,8 @@ def for_spreadsheets(table: pa.Table) -> pa.Table:
 
     columns = {}
     for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_dictionary(column.type) or pa.types.is_string_view(column.type):
+            column = column.cast(pa.string())
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
             sign, nothing = pa.scalar("'", column.type), pa.scalar("", column.type)
             quoted = pc.binary_join_element_wise(sign, column, nothing)

@@ -2,11 +2,14 @@
 
 A vector is found by a hash of its text, in a file of one model. So none can be stale: a label that
 changed is another text, a model that changed another file; and what a kill leaves is a beginning.
+Several readers may write at once: each its own file, renamed into place; the last one stays.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from r1sae_fast.atomic import replacing
+from r1sae_fast.atomic import sync
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.semantic.model import TextModel, Vectors
 
@@ -45,8 +48,9 @@ def vectors_of(
         DatabaseError: the file is damaged, or not ours.
     """
     keys = [hashlib.blake2b(text.encode(), digest_size=_KEY).digest() for text in texts]
-    known = {} if path is None or not path.exists() else _read(path, model)
+    known = {} if path is None else _read(path, model)
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    known = {key: known[key] for key in keys if key in known}  # no texts of the past
     done = len(texts) - len(missing)
     todo = list(missing)
     for number, start in enumerate(range(0, len(todo), _TEXTS), 1):
@@ -61,7 +65,7 @@ def vectors_of(
 
 def _save(path: Path, model: TextModel, known: dict[bytes, Vectors]) -> Path | None:
     """Saves; gives None where that can't be done, which only costs time."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     keys = np.frombuffer(b"".join(known), dtype=np.uint8).reshape(-1, _KEY)
     vectors = np.stack(list(known.values()))
@@ -74,8 +78,7 @@ def _save(path: Path, model: TextModel, known: dict[bytes, Vectors]) -> Path | N
     }
     try:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            save_file({"keys": keys, "vectors": vectors}, temporary, about)
+        _publish(path, save({"keys": keys, "vectors": vectors}, about))
     except OSError as error:
         warnings.warn(
             f"{path}: vectors can't be kept there ({error}); they are made again next time",
@@ -85,9 +88,30 @@ def _save(path: Path, model: TextModel, known: dict[bytes, Vectors]) -> Path | N
     return path
 
 
+def _publish(path: Path, data: bytes) -> None:
+    """Whole or not at all, whoever else does the same: each writes under a name of its own."""
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
 def _read(path: Path, model: TextModel) -> dict[bytes, Vectors]:
+    """What the file holds; nothing where there is none, or none that may be read."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with path.open("rb"):
+            pass
+    except OSError:  # safetensors tells neither permissions nor disks apart
+        return {}
     try:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}

@@ -154,7 +154,8 @@ class SetFeatures(Edit):
             and "batch_topk" encode the value with all features, the others only with these.
 
     Raises:
-        ValueError: no features, no such feature, or a mode that would depend on the batch.
+        ValueError: no features, no such feature, a transcoder, or a mode that would depend on the
+            batch.
         NonFiniteError: a target that is not finite.
     """
 
@@ -180,6 +181,11 @@ class SetFeatures(Edit):
                 raise ValueError(
                     f"{self}: feature {feature!r} does not exist: the SAE has 0 to {sae.d_sae - 1}"
                 )
+        if sae.transcoder:
+            raise ValueError(
+                f"{self}: this is a transcoder, whose directions are of another point than the one "
+                "it reads; add them there by AddDirection, or give an autoencoder"
+            )
         self.sae = sae
         self.mode = mode if mode == "relu" else choose_attached_mode(sae, mode)
         self.features = list(targets)
