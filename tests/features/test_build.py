@@ -150,7 +150,7 @@ def test_labels_say_what_the_features_were_made_for(query: Query) -> None:
 
 def test_meta_says_what_it_is_of(world: World, database: FeatureDB) -> None:
     meta = database.metadata
-    assert (meta["format"], meta["version"], meta["d_sae"]) == ("r1sae-features", "2", "24")
+    assert (meta["format"], meta["version"], meta["d_sae"]) == ("r1sae-features", "3", "24")
     assert (meta["rows"], meta["sae"], meta["layer"]) == (str(len(world.tokens)), "test", "3")
     assert len(database.histogram_edges or ()) == 97
 

@@ -43,7 +43,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         library.impl(name, listed(name, function), key, allow_override=True)
     if not ON_GPU:
         monkeypatch.setattr(_device, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(screens, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(screens, "_FEWEST_OF_ALL", 1)
     yield names
     library._destroy()
 

@@ -106,7 +106,7 @@ def build(
             advance(2 * len(codes))
             builder.scatter(lambda rows: advance(2 * len(codes) + rows))
             builder.load_features(lambda rows: advance(3 * len(codes) + rows))
-        add_labels(file.connection, len(codes), codes.d_sae)
+        builder.load_labels()
         if sae is not None:
             builder.load_neighbours(sae)
         builder.load_tokens()
@@ -114,7 +114,7 @@ def build(
 
 
 class _Builder:
-    """Fills the tables; the methods are called in the order in which they stand."""
+    """Fills the tables; :func:`build` has the order."""
 
     def __init__(self, file: NewFile, codes: CodeShards, texts: Texts, plan: Plan) -> None:
         self._file = file
@@ -154,6 +154,10 @@ class _Builder:
                     "tokens": places.positions,
                 },
             )
+
+    def load_labels(self) -> None:
+        """Fills the counted part of ``autointerp``."""
+        add_labels(self._connection, len(self._codes), self._codes.d_sae, len(self._places.tokens))
 
     def load_tokens(self) -> None:
         """Fills ``tokens``, after all other tables that are long."""

@@ -89,10 +89,15 @@ class Statistics:
     segments: tuple[tuple[str, float, float], ...]
 
 
-def add_labels(connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int) -> None:
-    """From ``token_lift``: the statistical part of ``autointerp``, and ``features.clarity``."""
+def add_labels(
+    connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int, vocabulary: int
+) -> None:
+    """From ``token_lift``: the statistical part of ``autointerp``, and ``features.clarity``.
+
+    ``vocabulary``: how many tokens there are that differ. (The table of tokens is not there yet.)
+    """
     execute(connection, "DELETE FROM autointerp WHERE model_name = ?", [MODEL_NAME])
-    labels = list(_labels(connection, rows, d_sae))
+    labels = list(_labels(connection, rows, d_sae, vocabulary))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
     with ArrowStream(connection, schema, iter([columns])) as name:
@@ -178,7 +183,7 @@ def _segment_phrase(segments: tuple[tuple[str, float, float], ...]) -> str:
 
 
 def _labels(
-    connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int
+    connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int, vocabulary: int
 ) -> Iterator[tuple[int, str, float]]:
     features = execute(
         connection,
@@ -187,9 +192,8 @@ def _labels(
                f.density_response
         FROM features f ORDER BY f.feature_id""",
     )
-    distinct = execute(connection, "SELECT count(DISTINCT token) FROM tokens")[0][0]
-    comparisons = d_sae * distinct * len(VERBS)
-    in_segment = dict(execute(connection, "SELECT segment, count(*) FROM tokens GROUP BY ALL"))
+    comparisons = d_sae * vocabulary * len(VERBS)
+    in_segment = dict(execute(connection, "SELECT segment, tokens FROM segments"))
     lifts = execute(
         connection,
         f"""
