@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume
 from torch import Tensor
 
 from r1sae_fast.shards import ActivationShards, ActivationWriter
-from r1sae_fast.train.losses.base import pre_activations
-from r1sae_fast.train.step import Learner
 
 
 @pytest.fixture
@@ -53,36 +50,3 @@ def write_rows(tmp_path: Path) -> Callable[[Tensor], ActivationShards]:
     """Writes rows to a new folder."""
     count = iter(range(1000))
     return lambda rows: write(tmp_path / f"rows-{next(count)}", rows)
-
-
-def _require_clear(learner: Learner, x: Tensor, dead: Tensor | None = None) -> None:
-    """Drops examples in which a choice hangs on the last bits of float32: what exceeds an edge, or
-    is the last of the largest, by less than products summed in another order differ by."""
-    config, parameters = learner.config, learner.parameters
-    pre = pre_activations(parameters, x)
-    room = 1e-5 * max(1.0, float(pre.abs().max()))
-    edges = [torch.zeros(())]
-    if config.mode == "jumprelu":
-        theta, half = parameters["log_threshold"].exp(), config.width * x.shape[1] ** 0.5 / 2
-        edges += [theta, theta - half, theta + half]
-    assume(not any(bool(((pre - edge).abs() < room).any()) for edge in edges))
-
-    def cut(values: Tensor, k: int) -> None:
-        """[rows, numbers], of which each row keeps k."""
-        if 0 < k < values.shape[1]:
-            best = values.relu().topk(k + 1, dim=1).values
-            close = (best[:, k - 1] - best[:, k] < room) & (best[:, k - 1] > 0)
-            assume(not bool(close.any()))
-
-    if config.mode == "topk":
-        cut(pre, config.needed_k)
-    elif config.mode in ("batch_topk", "matryoshka"):
-        cut(pre.reshape(1, -1), config.needed_k * len(x))
-    if dead is not None and len(dead):
-        cut(pre[:, dead], min(config.resolved_aux_k(learner.d_in), len(dead)))
-
-
-@pytest.fixture(scope="session")
-def assume_clear() -> Callable[..., None]:
-    """Of :func:`_require_clear`."""
-    return _require_clear

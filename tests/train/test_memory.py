@@ -84,6 +84,9 @@ def test_what_is_told() -> None:
     tied = expected_memory(TrainConfig(28_672, 64, "topk", tied=True, batch_size=256), 7168)
     assert 2 * tied.parameters == told.parameters
     rounded = TrainConfig(28_672, 64, "topk", batch_size=256, compute_dtype="bfloat16")
+    skipping = TrainConfig(28_672, 64, "topk", batch_size=256, skip_connection=True)
+    transcoder = expected_memory(skipping, 7168, transcodes=True)
+    assert transcoder.total - told.total == 16 * 7168**2 + 256 * 7168 * (8 + 16)
     assert expected_memory(rounded, 7168).copies >= 2 * told.parameters
 
 

@@ -252,12 +252,15 @@ def tell(sae: FastSAE, out: Path, activations: Source, evaluate_rows: int) -> No
 
 def tell_plan(config: TrainConfig, activations: Source) -> None:
     """What a run is going to be, before it."""
+    from r1sae_fast.shards import PairedShards
     from r1sae_fast.train.memory import expected_memory
 
+    transcodes = isinstance(activations, PairedShards)
+    memory = expected_memory(config, activations.d_in, transcodes=transcodes)
     typer.echo(
         f"{config.mode}, d_in {activations.d_in}, d_sae {config.d_sae}: {config.steps:,} steps of "
         f"{config.batch_size:,} rows, learning rate {config.peak_learning_rate:.3g}\n"
-        f"memory: {expected_memory(config, activations.d_in)}, on the CPU, in one process; a dead "
+        f"memory: {memory}, on the CPU, in one process; a dead "
         f"feature takes {8 * activations.d_in:,} bytes more"
     )
 

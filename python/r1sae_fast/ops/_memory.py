@@ -44,7 +44,8 @@ def on_large_pages(tensor: Tensor) -> Tensor:
 
 def zeros_on_demand(like: Tensor) -> Tensor:
     """``torch.zeros_like`` (strides kept), which takes memory only as far as it is written to, by
-    pages of some KiB, where ``like`` is large, on the CPU and dense, and the system is Linux."""
+    pages of some KiB, where ``like`` is large, on the CPU and dense, and the system maps memory
+    without a file."""
     flags = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0)
     lies_in_order = like.is_contiguous() or (like.dim() == 2 and like.T.is_contiguous())
     if like.device.type != "cpu" or like.nbytes < _LARGE_BYTES or not (flags and lies_in_order):

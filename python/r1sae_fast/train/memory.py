@@ -6,11 +6,13 @@ Of ``P`` weights (``d_in * d_sae``, twice that untied) a step in float32 on the 
     8 P * fired         Adam's two moments, of features that have fired
     d_in * d_sae        the encoder in 8 bits, where codes are found by screening
     8 d_in * dead       encoder and decoder rows of dead features, while they explain what is left
-    batch               rows, their reconstruction and error, codes, products of dead features
+    16 d_in^2           a transcoder's skip connection, its gradient and moments
+    batch               rows, their reconstruction and error, codes, products of dead features, a
+                        transcoder's targets
 
-and no gradient of a matrix: those are sums over codes that are made row by row in cache. That is
-within ``P * (weights 4 + gradients 4 + Adam 8) + batch`` until dead features take the gradients'
-share: seven eighths of them, three eighths where the SAE is tied.
+and no gradient of encoder and decoder: those are sums over codes that are made row by row in cache.
+That is within ``P * (weights 4 + gradients 4 + Adam 8) + batch`` until dead features take the
+gradients' share: seven eighths of them, three eighths where the SAE is tied.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ __all__ = ["ExpectedMemory", "expected_memory"]
 _ROW_ARRAYS = 6
 """Of ``[rows, d_in]`` in float32 at once: as read, standardised, reconstructed, less x, squared,
 explained by dead features."""
+_TARGET_ARRAYS = 2
+"""A transcoder's besides: targets as read and standardised."""
 _BUFFERS = 4
 """Batches in the loader's memory: two ahead, one in use, one about to be dropped."""
 _CODE_BYTES = 64
@@ -70,6 +74,7 @@ def expected_memory(
     fired: float = 1.0,
     dead: float = 0.0,
     stored_bytes: int = 4,
+    transcodes: bool = False,
 ) -> ExpectedMemory:
     """The memory of a run on the CPU, in one process.
 
@@ -79,6 +84,7 @@ def expected_memory(
         fired: share of the features that ever have a code; moments of others take no memory.
         dead: share that is dead at once, at most.
         stored_bytes: of a number in the shards.
+        transcodes: whether rows have targets.
     """
     one, n = d_in * config.d_sae, config.batch_size
     parameters = one if config.tied else 2 * one
@@ -88,14 +94,18 @@ def expected_memory(
     dead_features = int(dead * config.d_sae)
     codes = n * (config.first_l0 if config.aims_at_k else config.d_sae // 2)
     batch = n * d_in * (4 * _ROW_ARRAYS + stored_bytes * _BUFFERS) + _CODE_BYTES * codes
+    if transcodes:
+        batch += n * d_in * (4 * _TARGET_ARRAYS + stored_bytes * _BUFFERS)
+    skip = d_in * d_in if config.skip_connection else 0
+    batch += 4 * skip  # its gradient
     if not screened or config.penalised:
         batch += 2 * 4 * n * config.d_sae  # all pre-activations
     if dead_features:
         batch += 4 * _DEAD_ARRAYS * n * dead_features + min(_BLOCKS, 12 * one)
     return ExpectedMemory(
         parameters,
-        weights=4 * parameters,
-        moments=int(8 * parameters * fired),
+        weights=4 * (parameters + skip),
+        moments=int(8 * parameters * fired) + 8 * skip,
         copies=copies,
         dead=8 * d_in * dead_features,
         batch=batch,

@@ -235,7 +235,8 @@ class Run:
                 raise TrainingDivergedError(
                     f"loss or weights are not finite at step {at}, which took "
                     f"{rows_of(self.loader, at)}; the last checkpoint in {self.folder} was kept: "
-                    "look at these rows, or lower the learning rate and train into another folder"
+                    "look at these rows and those of the step before, or lower the learning rate "
+                    "and train into another folder"
                 )
             if averages.tokens:
                 line = self._metrics(averages, rate)

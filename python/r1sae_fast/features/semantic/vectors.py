@@ -8,8 +8,6 @@ Several readers may write at once: each its own file, renamed into place; the la
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from r1sae_fast.atomic import sync
+from r1sae_fast.atomic import write_bytes
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.semantic.model import TextModel, Vectors
 
@@ -78,7 +76,7 @@ def _save(path: Path, model: TextModel, known: dict[bytes, Vectors]) -> Path | N
     }
     try:
         path.parent.mkdir(exist_ok=True)
-        _publish(path, save({"keys": keys, "vectors": vectors}, about))
+        write_bytes(path, save({"keys": keys, "vectors": vectors}, about), by_many=True)
     except OSError as error:
         warnings.warn(
             f"{path}: vectors can't be kept there ({error}); they are made again next time",
@@ -86,21 +84,6 @@ def _save(path: Path, model: TextModel, known: dict[bytes, Vectors]) -> Path | N
         )
         return None
     return path
-
-
-def _publish(path: Path, data: bytes) -> None:
-    """Whole or not at all, whoever else does the same: each writes under a name of its own."""
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def _read(path: Path, model: TextModel) -> dict[bytes, Vectors]:
