@@ -21,6 +21,7 @@ from r1sae_fast.errors import NonFiniteError
 from r1sae_fast.ops import _device
 from r1sae_fast.ops._memory import empty_weights
 from r1sae_fast.optim.factored import Leave, leave_at
+from r1sae_fast.sae.checks import check_input, check_parameters, explained
 from r1sae_fast.sae.config import Mode, SaeConfig, check_dtype
 
 __all__ = ["FastSAE"]
@@ -132,36 +133,7 @@ class FastSAE(nn.Module):
             TypeError: a dtype that no SAE has.
             ValueError: a shape that doesn't fit ``config``, or several dtypes or devices.
         """
-        check_dtype(W_dec.dtype)
-        d_in, d_sae = config.d_in, config.d_sae
-        expected: dict[str, tuple[Tensor | None, list[tuple[int, ...]]]] = {
-            "W_dec": (W_dec, [(d_sae, d_in)]),
-            "b_enc": (b_enc, [(d_sae,)]),
-            "b_dec": (b_dec, [(d_in,)]),
-            "W_enc": (W_enc, [] if config.tied else [(d_in, d_sae)]),
-            "threshold": (threshold, [(), (d_sae,)]),
-            "W_skip": (W_skip, [(d_in, d_in)] if config.skip_connection else []),
-        }
-        for name, (tensor, shapes) in expected.items():
-            if tensor is None:
-                if name == "W_enc" and not config.tied:
-                    raise ValueError("W_enc is missing; an SAE that isn't tied needs it")
-                if name == "W_skip" and config.skip_connection:
-                    raise ValueError("W_skip is missing; the config has a skip connection")
-            elif tuple(tensor.shape) not in shapes:
-                wanted = (
-                    " or ".join(map(str, shapes))
-                    or f"none, as it {'is tied' if name == 'W_enc' else 'has no skip connection'}"
-                )
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {wanted}")
-            elif name != "threshold" and (tensor.dtype, tensor.device) != (
-                W_dec.dtype,
-                W_dec.device,
-            ):
-                raise ValueError(
-                    f"{name} is {tensor.dtype} on {tensor.device} but W_dec {W_dec.dtype} on "
-                    f"{W_dec.device}; they must agree"
-                )
+        check_parameters(config, W_dec, b_enc, b_dec, W_enc, threshold, W_skip)
         sae = cls.__new__(cls)
         nn.Module.__init__(sae)
         sae._set_up(config, W_dec, b_enc, b_dec, W_enc, threshold, W_skip)
@@ -466,7 +438,7 @@ class FastSAE(nn.Module):
                 return self._encode_whole(x, mode)
             codes = self._screened(screen, x, mode)
         except NonFiniteError as error:
-            raise self._explained(error, x) from None
+            raise explained(error, x, self.dtype) from None
         return ops.with_gradient(codes, x, self.W_enc.T, self.b_enc)
 
     def _screened(self, screen: ops.Screen, x: Tensor, mode: Mode) -> SparseCodes:
@@ -518,41 +490,8 @@ class FastSAE(nn.Module):
         return leave_at(parameter, self.d_sae, self.d_in)
 
     def _checked(self, name: str, x: Tensor, width: int, width_name: str) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
-        if not x.is_floating_point():
-            raise TypeError(
-                f"{name} is {x.dtype}; expected a floating dtype (integers: use .to({self.dtype}))"
-            )
-        if x.dim() == 0 or x.shape[-1] != width:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; "
-                f"expected [..., {width}], {width_name} of this SAE"
-            )
-        if x.device != self.device:
-            raise ValueError(
-                f"{name} lies on {x.device} but this SAE on {self.device}; "
-                f"use {name}.to({str(self.device)!r}) or sae.to({str(x.device)!r})"
-            )
+        check_input(name, x, width, width_name, self.dtype, self.device)
         return x.to(self.dtype)
-
-    def _explained(self, error: NonFiniteError, x: Tensor) -> NonFiniteError:
-        """Names x where x is to blame, else the weights."""
-        finite = torch.isfinite(x.detach().to(self.dtype)).all(-1).reshape(-1)
-        if bool(finite.all()):
-            return NonFiniteError(
-                f"{error} (x itself is finite in {self.dtype}: the weights hold NaN or infinities, "
-                "or the products overflow)"
-            )
-        row = int((~finite).to(torch.uint8).argmax())
-        place = ""
-        if x.dim() > 2:
-            index = torch.unravel_index(torch.tensor(row), x.shape[:-1])
-            place = f", at {tuple(int(i) for i in index)} of its leading dimensions"
-        return NonFiniteError(
-            f"x holds a NaN or infinite value in row {row}{place}; "
-            "remove or mask that row before encoding"
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes a screen and a decoder copy of its own parameters.
