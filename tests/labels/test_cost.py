@@ -154,6 +154,7 @@ def test_the_plan_is_near(
     assert run.asked.cost < plan.most_cost
     after = plan_labels(database, SMALL, range(5), model="a-model")
     assert (after.features, after.before, after.cost) == (1, 4, None)
+    assert after.exact
 
 
 def test_no_usage_told(server: Server, endpoint: Endpoint, knowing: Behave, database: Path) -> None:

@@ -87,7 +87,7 @@ def label(
     )
     wanted = _features(database, features, sample, settings.seed)
     if dry_run:
-        _plan(database, settings, wanted, prices)
+        _plan(database, settings, wanted, prices, retry_failed)
     else:
         _label(database, settings, wanted, prices, max_cost, jobs, timeout, retry_failed)
 
@@ -155,32 +155,56 @@ def _table(database: Path, run: LabelRun) -> None:
 
 
 def _plan(
-    database: Path, settings: LabelSettings, wanted: list[int] | None, prices: Prices | None
+    database: Path,
+    settings: LabelSettings,
+    wanted: list[int] | None,
+    prices: Prices | None,
+    retry_failed: bool,
 ) -> None:
     import os
 
-    from r1sae_fast.labels.endpoint import MODEL
+    from r1sae_fast.labels.endpoint import MODEL, SCORER
     from r1sae_fast.labels.plan import plan_labels
 
-    model = os.environ.get(MODEL)
-    plan = plan_labels(database, settings, wanted, model=model, prices=prices)
-    lines = [
-        f"features     {plan.features:,} to label ({plan.before:,} labelled before)",
-        f"requests     about {plan.requests:,}",
+    model, scorer = (os.environ.get(name, "").strip() or None for name in (MODEL, SCORER))
+    plan = plan_labels(
+        database,
+        settings,
+        wanted,
+        model=model,
+        scorer=scorer,
+        prices=prices,
+        retry_failed=retry_failed,
+    )
+    about = "" if plan.exact else "about "
+    lines = [f"features     {plan.features:,} to label ({plan.before:,} labelled before)"]
+    if plan.begun:
+        lines[0] += f"; {plan.begun:,} begun before, asked only what is still to be answered"
+    if plan.skipped:
+        lines.append(
+            f"             {about}{plan.skipped:,} active too rarely or nearly everywhere, "
+            "so left out"
+        )
+    if plan.given_up:
+        lines.append(
+            f"             {about}{plan.given_up:,} left out, whose answers could not be used: "
+            "--retry-failed asks again"
+        )
+    lines += [
+        f"requests     {about}{plan.requests:,}, if every answer can be used",
         f"prompt       about {plan.prompt_tokens:,} tokens",
         f"completion   about {plan.completion_tokens:,} tokens, at most "
         f"{plan.most_completion_tokens:,} (a model that reasons)",
     ]
-    if plan.skipped:
-        share = plan.skipped / plan.looked_at
-        lines[0] += f"; about {share:.0%} are active too rarely or nearly everywhere"
     if plan.cost is None:
         lines.append("cost         unknown: tell --price-in and --price-out")
     else:
         lines.append(f"cost         about {plan.cost:,.4g}, at most {plan.most_cost:,.4g}")
+    if model is None:
+        lines.append(f"({MODEL} is not set: what a model has labelled already is not left out)")
     lines.append(
-        f"(tokens are guessed from the letters of {plan.looked_at} features' prompts, not counted; "
-        "nothing was sent)"
+        f"(tokens are guessed from the letters of {plan.looked_at:,} features' prompts, not "
+        "counted; nothing was sent)"
     )
     for line in lines:
         typer.echo(line)

@@ -23,8 +23,39 @@ from r1sae_fast.labels.windows import Sample
 
 T = TypeVar("T")
 
-_TRIES = 3  # for an answer that can be read
+TRIES = 3  # for an answer that can be read
 _WARMER = 0.7  # temperature of further tries: at 0 the model would say the same again
+
+
+def attempted(request: Request, attempt: int) -> Request:
+    """The request as it is sent for the n-th time, from 0."""
+    warmth = _WARMER if attempt else 0.0
+    return Request(request.model, request.messages, request.max_tokens, warmth)
+
+
+def usable(answered: Answered, read: Callable[[str], T | None]) -> T | None:
+    """What an answer says; None where that can't be read."""
+    # What was cut off at max_tokens was still reasoning, or in the midst of a word.
+    return read(answered.reply.text) if answered.reply.finish != "length" else None
+
+
+def told_before(
+    journal: Journal, request: Request, read: Callable[[str], T | None]
+) -> tuple[T | None, int]:
+    """What a journal has in answer to a request, and how often it was asked until then."""
+    for attempt in count():
+        answered = journal.reply(attempted(request, attempt).key, attempt)
+        if answered is None:
+            return None, attempt
+        found = usable(answered, read)
+        if found is not None:
+            return found, attempt + 1
+    raise AssertionError("unreachable")
+
+
+def tries_left(tried: int, *, retry_failed: bool) -> int:
+    """How often a request is sent at most that was sent so often without a usable answer."""
+    return TRIES if retry_failed else max(0, TRIES - tried)
 
 
 class UnusableError(LabelError):
@@ -94,16 +125,17 @@ class Asker:
                 usage.cost += cost
                 self.asked.cost += cost
 
-        fresh = 0
+        left: int | None = None
         for attempt in count():
-            warmth = _WARMER if attempt else 0.0
-            asked = Request(request.model, request.messages, request.max_tokens, warmth)
+            asked = attempted(request, attempt)
             answered = self.journal.reply(asked.key, attempt)
             if answered is None:
                 # What was asked beyond the usual tries is in the journal too, and is read again.
-                if attempt >= _TRIES and not (self.retry_failed and fresh < _TRIES):
+                if left is None:
+                    left = tries_left(attempt, retry_failed=self.retry_failed)
+                if not left:
                     return None
-                fresh += 1
+                left -= 1
                 reply = await self.client.ask(asked, lost)
                 used = usage_of(asked, reply, self.prices)
                 answered = Answered(feature, asked.key, attempt, reply, used)
@@ -112,8 +144,7 @@ class Asker:
             else:
                 self.replayed += 1
             usage.add(answered.usage)
-            # What was cut off at max_tokens was still reasoning, or in the midst of a word.
-            found = read(answered.reply.text) if answered.reply.finish != "length" else None
+            found = usable(answered, read)
             if found is not None:
                 return found
         raise AssertionError("unreachable")

@@ -76,22 +76,24 @@ class Journal:
     Args:
         path: its file; made where it is not there.
         database: the :func:`fingerprint` of what it is of.
+        read_only: changes nothing, and needs no lock: another process may be writing it.
 
     Raises:
         LabelError: a journal of another database, or no journal.
     """
 
-    def __init__(self, path: Path, database: str) -> None:
+    def __init__(self, path: Path, database: str, *, read_only: bool = False) -> None:
         self.path = path
+        self._read_only = read_only
         self._header = {**_FORMAT, "database": database}
         self.finished: dict[tuple[int, str, str], Finished] = {}
         self._replies: dict[Try, Answered] = {}
         self._lost: dict[int, float] = {}  # by unfinished feature
         if path.exists():
             self._read()
-        else:
+        elif not read_only:
             write_bytes(path, _line(self._header))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._descriptor = -1 if read_only else os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def __enter__(self) -> Journal:
         return self
@@ -102,8 +104,9 @@ class Journal:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
+        if not self._read_only:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
 
     @property
     def replies(self) -> int:
@@ -116,6 +119,11 @@ class Journal:
         used = [entry.usage for entry in self.finished.values()]
         used += [entry.usage for entry in self._replies.values()]
         return sum(usage.cost for usage in used) + sum(self._lost.values())
+
+    @property
+    def unfinished(self) -> set[int]:
+        """Features that were asked about, but have no label yet."""
+        return {entry.feature for entry in self._replies.values()}
 
     def reply(self, key: str, attempt: int) -> Answered | None:
         """What was answered to a request before."""
@@ -189,7 +197,7 @@ class Journal:
                 f"{self.path}: line {number} is damaged ({error}); restore the file, or move it "
                 "away: the answers in it will be asked for anew"
             ) from None
-        if whole < len(content):
+        if whole < len(content) and not self._read_only:
             os.truncate(self.path, whole)
 
     def _check(self, line: bytes) -> None:
