@@ -190,7 +190,11 @@ def test_nothing_in_a_database_acts_in_a_page(token: str, label: str) -> None:
     assert not [c for c in page.text if unicodedata.category(c) in UNSAFE]
 
 
-@given(st.lists(HTML_TEXT, min_size=1, max_size=3))
+# Half of a surrogate pair can't be stored in a table.
+STORED = HTML_TEXT.map(lambda text: text.encode("utf-8", "replace").decode("utf-8"))
+
+
+@given(st.lists(STORED, min_size=1, max_size=3))
 def test_nothing_in_a_table_acts_in_a_page(texts: list[str]) -> None:
     page = _Reader(Frame(pa.table({texts[0]: texts, "n": range(len(texts))}))._repr_html_())
     assert page.tags <= _HARMLESS

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
+from r1sae_fast.features.arrays import array, strings
 from r1sae_fast.features.clustering import (
     Clusters,
     Keep,
@@ -141,16 +142,14 @@ class _Builder:
             for table, columns in TABLES.items():
                 execute(self._connection, f"CREATE OR REPLACE TABLE {table} ({columns})")
             names = [SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)]
-            self._insert(
-                "segments", {"segment": pa.array(names, pa.string()), "tokens": places.segments}
-            )
-            highs = pa.array([*POSITION_EDGES[1:], None], pa.int64())
+            self._insert("segments", {"segment": strings(names), "tokens": places.segments})
+            highs = np.array([*POSITION_EDGES[1:], 0], dtype=np.int64)
             self._insert(
                 "positions",
                 {
                     "bin": np.arange(len(POSITION_EDGES), dtype=np.int32),
                     "low": np.array(POSITION_EDGES, dtype=np.int64),
-                    "high": highs,
+                    "high": array(highs, valid=np.arange(len(highs)) < len(highs) - 1),
                     "tokens": places.positions,
                 },
             )
@@ -176,17 +175,17 @@ class _Builder:
             execute(self._connection, f"INSERT INTO tokens SELECT * FROM {name}")
 
     def _token_batches(self) -> Iterator[list[pa.Array]]:
-        names = pa.array([SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)], pa.string())
+        names = strings(SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1))
         records = self._places.records()
         for start in range(0, len(records), _ROWS):
             part = records[start : start + _ROWS]
             token = np.ascontiguousarray(part["token"])
             yield [
-                pa.array(np.ascontiguousarray(part["sequence"])),
-                pa.array(np.ascontiguousarray(part["position"])),
-                pa.array(token),
+                array(part["sequence"]),
+                array(part["position"]),
+                array(token),
                 self._texts.of(token),
-                names.take(pa.array(part["marks"] & 3)),
+                names.take(array(part["marks"] & 3)),
             ]
 
     # -- activations ----------------------------------------------------------------------------
@@ -294,7 +293,7 @@ class _Builder:
         with self._file.step("meta"):
             # There are some if an earlier process was killed just before the end.
             execute(self._connection, "DELETE FROM meta")
-            self._insert("meta", {"key": pa.array(list(entries)), "value": pa.array(values)})
+            self._insert("meta", {"key": strings(entries), "value": strings(values)})
 
     def _insert(self, table: str, columns: Mapping[str, Any]) -> None:
         insert(self._connection, table, columns)

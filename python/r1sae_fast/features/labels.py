@@ -25,8 +25,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
+from r1sae_fast.features.arrays import array, strings
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.schema import SEGMENTS
 from r1sae_fast.features.stream import ArrowStream
@@ -99,7 +101,12 @@ def add_labels(
     execute(connection, "DELETE FROM autointerp WHERE model_name = ?", [MODEL_NAME])
     labels = list(_labels(connection, rows, d_sae, vocabulary))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
-    columns = [pa.array([row[i] for row in labels], t) for i, t in enumerate(schema.values())]
+    features, words, clarities = zip(*labels, strict=True) if labels else ((), (), ())
+    columns = [
+        array(np.array(features, dtype=np.int32)),
+        strings(words),
+        array(np.array(clarities, dtype=np.float64)),
+    ]
     with ArrowStream(connection, schema, iter([columns])) as name:
         execute(connection, f"CREATE TEMP TABLE labels AS SELECT * FROM {name}")
     execute(

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast.features.arrays import array, lists, strings
 from r1sae_fast.features.attaching import ROW_GROUP
 from r1sae_fast.features.clustering import Tables
 from r1sae_fast.features.execute import execute
@@ -33,7 +34,7 @@ class Texts:
         """Their texts."""
         distinct, inverse = np.unique(tokens, return_inverse=True)
         texts = [self.text(token) for token in distinct.tolist()]
-        return pa.array(texts, pa.string()).take(pa.array(inverse))
+        return strings(texts).take(array(inverse))
 
     def text(self, token: int) -> str | None:
         """A token's text."""
@@ -80,9 +81,9 @@ def load_bucket(
         "density": counts / max(places.rows, 1),
         "mean": mean,
         "max": found["max"],
-        "histogram": _lists(found["histogram"], size),
+        "histogram": lists(found["histogram"], size),
         **{f"density_{name}": density[:, i] for i, name in SEGMENTS.items()},
-        "position_counts": _lists(found["positions"], size),
+        "position_counts": lists(found["positions"], size),
     }
     insert(connection, "features", columns)
 
@@ -90,8 +91,7 @@ def load_bucket(
 def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
     """Appends columns (arrays of NumPy or Arrow) to those of their names. NaN becomes NULL."""
     arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, from_pandas=True)
-        for column in columns.values()
+        column if isinstance(column, pa.Array) else array(column) for column in columns.values()
     ]
     schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
     # Each of DuckDB's threads takes a batch at a time.
@@ -99,9 +99,3 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[s
     batches = ([array.slice(start, ROW_GROUP) for array in arrays] for start in starts)
     with ArrowStream(connection, schema, batches) as name:
         execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
-
-
-def _lists(values: NDArray[Any], rows: int) -> pa.Array:
-    """``[rows * n]`` as lists of n."""
-    size = len(values) // max(rows, 1)
-    return pa.ListArray.from_arrays(np.arange(rows + 1, dtype=np.int32) * size, values)
