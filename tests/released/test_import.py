@@ -1,6 +1,7 @@
 """An import has the same rows, sorted by feature, and is there whole or not at all."""
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import pytest
 from r1sae_fast.cli.main import app
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features import FeatureDB, clustering, import_database, importing
+from r1sae_fast.features.attaching import SHORT_ROW_GROUP
+from r1sae_fast.features.new_file import new_file
 
 Release = Any  # conftest's
 
@@ -181,3 +184,61 @@ def test_a_sort_that_spills_gives_the_same_rows(
             WHERE before > here""").fetchone()
     assert out_of_order == (0,)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["logic.ddb", "out.ddb"]
+
+
+def row_groups(path: Path, table: str) -> list[int]:
+    """Rows of each row group."""
+    with duckdb.connect(str(path), read_only=True) as connection:
+        found = connection.execute(
+            f"SELECT sum(count) FROM pragma_storage_info('{table}') WHERE column_id = 0 AND "
+            "segment_type <> 'VALIDITY' GROUP BY row_group_id"
+        ).fetchall()
+    return [rows for (rows,) in found]
+
+
+@pytest.mark.parametrize("by", ["core", "DuckDB"])
+def test_tokens_lie_in_short_row_groups(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in what is built here: a few tokens' texts are then a short read."""
+    with duckdb.connect(str(tmp_path / "math.ddb")) as connection:
+        connection.execute(
+            "CREATE TABLE tokens AS SELECT i // 50 AS sequence_id, i % 50 AS token_idx, i % 97 AS "
+            "token, 't' || (i % 97) AS decoded_token FROM range(30000) t(i)"
+        )
+        connection.execute(
+            "CREATE TABLE activations AS SELECT i % 7 AS feature_id, i // 50 AS sequence_id, "
+            "i % 50 AS token_idx, (i % 91 + 1)::FLOAT AS strength FROM range(30000) t(i)"
+        )
+    if by == "DuckDB":
+        monkeypatch.setattr(importing._Import, "_has_room", lambda *_: False)
+    out = tmp_path / "out.ddb"
+    import_database(tmp_path / "math.ddb", out)
+    groups = row_groups(out, "tokens")
+    assert sum(groups) == 30_000
+    assert max(groups) <= SHORT_ROW_GROUP
+    assert rows_of(out, "tokens") == [
+        (*row, None) for row in rows_of(tmp_path / "math.ddb", "tokens")
+    ]
+
+
+def test_row_groups_stay_short_after_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "out.ddb"
+    child = """
+import os, sys
+from pathlib import Path
+from r1sae_fast.features.new_file import new_file
+with new_file(Path(sys.argv[1]), "key", {}) as file:
+    file.connection.execute("CREATE TABLE long AS SELECT i FROM range(30000) t(i)")
+    file.shorten_row_groups()
+    with file.step("tokens"):
+        file.connection.execute("CREATE TABLE tokens AS SELECT i FROM range(30000) t(i)")
+    os._exit(7)
+"""
+    killed = subprocess.run([sys.executable, "-c", child, str(out)], check=False)
+    assert killed.returncode == 7
+    with new_file(out, "key", {}) as file:
+        assert file.done("tokens")
+        file.shorten_row_groups()
+    assert max(row_groups(out, "tokens")) <= SHORT_ROW_GROUP
+    assert sum(row_groups(out, "tokens")) == 30_000

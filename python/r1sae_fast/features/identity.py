@@ -69,15 +69,14 @@ class Origin:
 
     def require_model(self, engine: Engine) -> None:
         """Raises DatabaseError if the database is of another model."""
-        if (
-            self.model_fingerprint
-            and engine.fingerprint
-            and (engine.fingerprint != self.model_fingerprint)
-        ):
+        self.require_checkpoint(engine.name, engine.fingerprint)
+
+    def require_checkpoint(self, name: str, fingerprint: str) -> None:
+        """Raises DatabaseError if the database is of a model of another fingerprint."""
+        if self.model_fingerprint and fingerprint and fingerprint != self.model_fingerprint:
             raise DatabaseError(
                 f"{self.path}: of the model {self.model!r} with checksum "
-                f"{self.model_fingerprint}, this is {engine.name!r} with {engine.fingerprint}; use "
-                "that model"
+                f"{self.model_fingerprint}, this is {name!r} with {fingerprint}; use that model"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import duckdb
@@ -33,7 +33,7 @@ def drop_tables(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 class CoreSort:
-    """Sorts the activations of ``_source`` into a file whose ``tokens`` are there.
+    """Sorts the activations of ``_source`` into a new file.
 
     Args:
         file: the new database.
@@ -49,12 +49,15 @@ class CoreSort:
         self._threads = os.cpu_count() or 1
         self._keep = Keep(coactivations=0)
 
-    def places(self, with_segment: bool) -> TokenPlaces | None:
-        """The places of ``tokens``; None where they are not such as the core wants."""
+    def places(self, ranges: Sequence[str]) -> TokenPlaces | None:
+        """The places of the tokens that these queries give (those for the table ``tokens``), in
+        this order; None where they are not such as the core wants.
+        """
         outside, rows = execute(
             self._connection,
             "SELECT count(*) FILTER (NOT coalesce(token >= 0 AND sequence_id >= 0 AND "
-            f"token_idx >= 0 AND token < {_MOST_TOKENS}, false)), count(*) FROM tokens",
+            f"token_idx >= 0 AND token < {_MOST_TOKENS}, false)), count(*) "
+            "FROM _source.main.tokens",
         )[0]
         if outside or not rows or rows >= 1 << 32:
             return None
@@ -62,16 +65,21 @@ class CoreSort:
         records = np.memmap(file, dtype=PLACE, mode="w+", shape=int(rows))
         names = pa.array(SEGMENTS.values(), pa.string())
         start = 0
-        relation = self._connection.sql("SELECT sequence_id, token_idx, token, segment FROM tokens")
-        for batch in arrow_reader(relation):
-            part = records[start : start + batch.num_rows]
-            for name, column in zip(("sequence", "position", "token"), batch.columns, strict=False):
-                part[name] = column.to_numpy(zero_copy_only=False)
-            part["marks"] = len(SEGMENTS)
-            if with_segment:
+        columns = ("sequence", "position", "token")
+        for query in ranges:
+            relation = self._connection.sql(
+                "SELECT sequence_id::BIGINT, token_idx::INTEGER, token::INTEGER, segment::VARCHAR "
+                f"FROM ({query})"
+            )
+            for batch in arrow_reader(relation):
+                part = records[start : start + batch.num_rows]
+                for name, column in zip(columns, batch.columns, strict=False):
+                    part[name] = column.to_numpy(zero_copy_only=False)
                 numbers = pa.compute.index_in(batch.column(3), names).fill_null(len(SEGMENTS))
                 part["marks"] = numbers.to_numpy(zero_copy_only=False)
-            start += batch.num_rows
+                start += batch.num_rows
+        if start != rows:
+            return None
         return places_in(file, records)
 
     def scatter(self, places: TokenPlaces, advance: Advance) -> bool:
@@ -108,7 +116,8 @@ class CoreSort:
                     create = f"CREATE OR REPLACE TABLE {table} ({TABLES[table]})"
                     execute(self._connection, create)
         known = execute(
-            self._connection, "SELECT token, any_value(decoded_token) FROM tokens GROUP BY token"
+            self._connection,
+            "SELECT token, any_value(decoded_token) FROM _source.main.tokens GROUP BY token",
         )
         texts, core, done = Texts(None, dict(known)), places.core(), 0
         for bucket in range(self._clusters.buckets):

@@ -148,13 +148,14 @@ class _Import:
         with progress_bar(
             "importing", tokens + 2 * activations, unit="rows", shown=progress
         ) as advance:
-            self._copy_tokens(tokens, advance)
+            parts = self._token_ranges(tokens)
             passes = None
             if plain and self._has_room(activations, tokens):
-                passes = self._sort(feature, count, tokens, advance)
+                passes = self._sort(feature, count, parts, advance)
             if passes is None:
                 passes = len(ranges)
-                self._copy_activations(feature, count, ranges, tokens, advance)
+                self._copy_activations(feature, count, ranges, activations, advance)
+            self._copy_tokens(parts, 2 * activations, tokens, advance)
         for table, rows in (("tokens", tokens), ("activations", activations)):
             written = self._rows(table)
             if written != rows:
@@ -202,7 +203,11 @@ class _Import:
         return free > 1.05 * size + 12 * activations + PLACE.itemsize * tokens
 
     def _sort(
-        self, feature: NDArray[np.int64], count: NDArray[np.int64], tokens: int, advance: Advance
+        self,
+        feature: NDArray[np.int64],
+        count: NDArray[np.int64],
+        parts: list[str],
+        advance: Advance,
     ) -> int | None:
         """Sorts by the core; in how many parts, or None where the rows are not such as it wants."""
         if len(feature) and feature[-1] >= _MOST_FEATURES:
@@ -212,10 +217,10 @@ class _Import:
         counts = np.zeros(int(feature[-1]) + 1 if len(feature) else 0, dtype=np.uint64)
         counts[feature] = count
         sort = CoreSort(self._file, counts, self._memory)
-        places = sort.places("segment" in self._tables["tokens"])
-        if places is None or not sort.scatter(places, lambda rows: advance(tokens + rows)):
+        places = sort.places(parts)
+        if places is None or not sort.scatter(places, advance):
             return None
-        done = tokens + int(count.sum())
+        done = int(count.sum())
         return sort.load(places, lambda rows: advance(done + rows))
 
     def _ranges(
@@ -259,31 +264,40 @@ class _Import:
         )[0][0]
         return int(tokens * (6 + float(text)))
 
-    def _copy_tokens(self, tokens: int, advance: Advance) -> None:
-        segment = "segment" if "segment" in self._tables["tokens"] else "NULL"
-        create = f"CREATE TABLE IF NOT EXISTS tokens ({TABLES['tokens']})"
-        execute(self._connection, create)
-        rows_a_pass = max(1, self._memory // (4 * _SORT_BYTES))
+    def _token_ranges(self, tokens: int) -> list[str]:
+        """Queries that give all tokens in their order, each what is sorted in memory."""
         low, high = execute(
             self._connection,
             "SELECT min(sequence_id), max(sequence_id) FROM _source.main.tokens",
         )[0]
         if low is None:
-            return
+            return []
+        segment = "segment" if "segment" in self._tables["tokens"] else "NULL AS segment"
+        rows_a_pass = max(1, self._memory // (4 * _SORT_BYTES))
         # By sequence: in the released order a range reads its own part of the file alone.
         passes = min(-(-tokens // rows_a_pass), int(high) - int(low) + 1)
         edges = [int(low) + (int(high) + 1 - int(low)) * i // passes for i in range(passes + 1)]
-        for i, (start, end) in enumerate(pairwise(edges)):
+        return [
+            f"SELECT sequence_id, token_idx, token, decoded_token, {segment} "
+            f"FROM _source.main.tokens WHERE sequence_id >= {start} AND sequence_id < {end} "
+            "ORDER BY sequence_id, token_idx"
+            for start, end in pairwise(edges)
+        ]
+
+    def _copy_tokens(self, parts: list[str], done: int, tokens: int, advance: Advance) -> None:
+        """Fills ``tokens``, last of all long tables: in short row groups."""
+        self._file.shorten_row_groups()
+        create = f"CREATE TABLE IF NOT EXISTS tokens ({TABLES['tokens']})"
+        execute(self._connection, create)
+        for i, query in enumerate(parts):
             if self._file.done(f"tokens {i}"):
                 continue
             with self._file.step(f"tokens {i}"):
                 self._run(
-                    "INSERT INTO tokens SELECT sequence_id, token_idx, token, decoded_token, "
-                    f"{segment} FROM _source.main.tokens WHERE sequence_id >= {start} AND "
-                    f"sequence_id < {end} ORDER BY sequence_id, token_idx",
+                    f"INSERT INTO tokens {query}",
                     advance,
-                    tokens * i / passes,
-                    tokens * (i + 1) / passes,
+                    done + tokens * i / len(parts),
+                    done + tokens * (i + 1) / len(parts),
                 )
 
     def _copy_activations(

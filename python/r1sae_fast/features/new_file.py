@@ -22,6 +22,8 @@ from r1sae_fast.features.lock import building_lock, require_not_open
 _BLOCK_BYTES = "65536"
 """A column of a row group takes whole blocks, 150 to 400 KB in them: DuckDB's own size of 256 KiB
 leaves a quarter of the file empty. In less than this, bit-packing is not used."""
+_SHORT = "short"
+"""In the folder of a file whose row groups are short from now on."""
 
 
 class NewFile:
@@ -55,7 +57,11 @@ class NewFile:
         return name in self._done
 
     def shorten_row_groups(self) -> None:
-        """From here on tables are written as ``tokens`` is to lie in the file."""
+        """From here on tables are written as ``tokens`` is to lie in the file.
+
+        Also after a kill: whoever opens the file with longer row groups merges short ones.
+        """
+        (self.folder / _SHORT).touch()
         attach(self.connection, self._path, SHORT_ROW_GROUP)
 
     @contextmanager
@@ -133,7 +139,8 @@ def _open(
     """A connection to the file, and whether it is one that can go on."""
     if temporary.exists():
         with suppress(duckdb.Error):
-            connection = connect_to_write(temporary, config, ROW_GROUP)
+            row_group = SHORT_ROW_GROUP if (work / _SHORT).exists() else ROW_GROUP
+            connection = connect_to_write(temporary, config, row_group)
             try:
                 if execute(connection, "SELECT key FROM _job") == [(key,)]:
                     return connection, True

@@ -23,6 +23,7 @@ from r1sae_fast.features.search import search
 from r1sae_fast.features.view import FeatureView, gather
 
 if TYPE_CHECKING:
+    from r1sae_fast.features.exporting.logits import Logits
     from r1sae_fast.features.results import TopExamples
     from r1sae_fast.features.semantic import TextEncoder
     from r1sae_fast.features.semantic.search import Labels
@@ -224,7 +225,7 @@ class Questions(DatabaseFile, ABC):
     def export_pages(
         self,
         folder: StrPath,
-        kind: Literal["jsonl", "neuronpedia", "saedashboard"],
+        kind: Literal["jsonl", "neuronpedia", "saedashboard", "saevis"],
         features: Sequence[int] | None = None,
         *,
         n: int = 20,
@@ -233,6 +234,8 @@ class Questions(DatabaseFile, ABC):
         model_id: str | None = None,
         source_set: str = "r1sae-fast",
         creator: str = "r1sae-fast",
+        sae: FastSAE | StrPath | None = None,
+        model: StrPath | None = None,
         overwrite: bool = False,
         progress: bool | None = None,
     ) -> list[Path]:
@@ -240,10 +243,13 @@ class Questions(DatabaseFile, ABC):
 
         - ``"jsonl"``: one feature a line: statistics, labels, neighbours, contexts;
         - ``"neuronpedia"``: the folder that Neuronpedia imports in bulk;
-        - ``"saedashboard"``: the ``batch-N.json`` that SAEDashboard's NeuronpediaRunner writes.
+        - ``"saedashboard"``: the ``batch-N.json`` that SAEDashboard's NeuronpediaRunner writes;
+        - ``"saevis"``: the JSON of SAEDashboard's ``SaeVisData``, for ``load_json`` and its own
+          HTML page; features that are never active are left out.
 
         All is ASCII; control characters in tokens and labels are made visible (but line breaks and
-        tabs). Logits and correlations, which take the model itself, are left empty.
+        tabs). What a feature adds to the logits takes ``sae`` and ``model``; neurons and
+        correlations are left empty.
 
         Args:
             folder: new or empty, unless ``overwrite``.
@@ -254,12 +260,18 @@ class Questions(DatabaseFile, ABC):
             batch: features in a file.
             model_id, source_set, creator: names on Neuronpedia; the model's default is the
                 database's.
+            sae: the SAE that the database is of, or its folder, for logits.
+            model: its model's checkpoint, ``"tiny-r1"`` the shipped one; nothing but the head is
+                read. Default: none is known to the file, so logits are left out.
 
         Raises:
             FileExistsError: the folder holds files and ``overwrite`` is false.
-            ValueError: no such feature or format.
+            DatabaseError: the database is of another SAE or model.
+            ValueError: no such feature or format, one of ``sae`` and ``model`` alone, or (saevis)
+                no feature that is ever active.
         """
         from r1sae_fast.features.exporting.pages import pages
+        from r1sae_fast.features.exporting.sae_vis import Activity
         from r1sae_fast.features.exporting.target import Target
         from r1sae_fast.features.exporting.write import FORMATS, export_pages
         from r1sae_fast.progress import progress_bar
@@ -272,6 +284,8 @@ class Questions(DatabaseFile, ABC):
         chosen = list(range(self.d_sae)) if features is None else list(features)
         for feature in chosen:
             self._known(feature)
+        logits = self._logits(sae, model)
+        tokens = self._fetch("SELECT count(*) FROM tokens")[0][0]
         changed = datetime.fromtimestamp(self.path.stat().st_mtime, timezone.utc)
         target = Target(
             model_id or self.origin.model or "deepseek-r1",
@@ -295,8 +309,33 @@ class Questions(DatabaseFile, ABC):
                 advance(done)
 
             return export_pages(
-                read, Path(folder), kind, target, overwrite=overwrite, progress=shown
+                read,
+                Path(folder),
+                kind,
+                target,
+                Activity(self.sql, tokens, logits),
+                overwrite=overwrite,
+                progress=shown,
             )
+
+    def _logits(self, sae: FastSAE | StrPath | None, model: StrPath | None) -> Logits | None:
+        """What features of this database add to the logits of its model."""
+        if (sae is None) != (model is None):
+            raise ValueError("only one of sae and model is given; logits take both, or give none")
+        if sae is None or model is None:
+            return None
+        from r1sae_fast.features.exporting.logits import Logits
+        from r1sae_fast.r1.engines.base import checkpoint_name, fingerprint, resolve_checkpoint
+        from r1sae_fast.sae import FastSAE
+
+        if not isinstance(sae, FastSAE):
+            sae = FastSAE.load(sae)
+        self.require_sae(sae)
+        name = os.fspath(model)
+        folder = resolve_checkpoint(name)
+        found = Logits(sae, folder)
+        self.origin.require_checkpoint(checkpoint_name(name), fingerprint(folder))
+        return found
 
     def show(
         self, feature: int, n: int = 5, window: int = 10, *, per_interval: int = 2

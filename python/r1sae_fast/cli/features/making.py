@@ -87,8 +87,8 @@ def import_(
 ) -> None:
     """Sort a released database by feature: any feature is then one short read.
 
-    The file is there whole or not at all. An import that is stopped leaves what was there before,
-    and starts anew when run again.
+    The file is there whole or not at all. An import that is stopped leaves what was there before.
+    One that was killed goes on where it was when run again; ctrl-c clears up.
     """
     from r1sae_fast.features import import_database
     from r1sae_fast.r1.stream.sizes import parse_size, show_size
@@ -110,6 +110,7 @@ class Formats(str, Enum):
     jsonl = "jsonl"
     neuronpedia = "neuronpedia"
     saedashboard = "saedashboard"
+    saevis = "saevis"
 
 
 @app.command()
@@ -120,7 +121,7 @@ def export(
         Formats,
         typer.Option(
             help="parquet: each table; jsonl: a feature a line; neuronpedia: its import in bulk; "
-            "saedashboard: its batches."
+            "saedashboard: its batches; saevis: SAEDashboard's SaeVisData, for its own page."
         ),
     ] = Formats.parquet,
     features: Annotated[
@@ -133,6 +134,20 @@ def export(
         str | None, typer.Option(help="The model's name on Neuronpedia.", show_default=False)
     ] = None,
     source_set: Annotated[str, typer.Option(help="The SAE's name there.")] = "r1sae-fast",
+    sae: Annotated[
+        str | None,
+        typer.Option(
+            help="The SAE's folder; with --model, pages tell what a feature adds to the logits.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's checkpoint, of which the head is read; tiny-r1 is the shipped one.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files there.")] = False,
 ) -> None:
     """Write each table as a parquet file, or features for the pages of others."""
@@ -149,6 +164,8 @@ def export(
                 window=window,
                 model_id=model_id,
                 source_set=source_set,
+                sae=sae,
+                model=model,
                 overwrite=overwrite,
             )
     for file in files:

@@ -20,7 +20,8 @@ class Context:
     """An example with the tokens around it: texts, ids and strengths side by side.
 
     ``interval``: TOP, or the number of the interval that it was drawn from, with its ``low``,
-    ``high`` and ``share`` of the activations. ``peak``: which of the tokens is the example.
+    ``high`` and ``share`` of the activations. ``token_idx``: the example's place in its sequence,
+    ``peak``: which of the tokens it is.
     """
 
     interval: int
@@ -28,6 +29,7 @@ class Context:
     high: float
     share: float
     sequence_id: int
+    token_idx: int
     peak: int
     tokens: tuple[int, ...]
     texts: tuple[str, ...]
@@ -170,6 +172,7 @@ def _contexts(
                 high,
                 count / counts[feature],
                 sequence,
+                place,
                 spots.index(place),
                 tuple(ids),
                 tuple(

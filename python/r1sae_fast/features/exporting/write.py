@@ -10,10 +10,12 @@ from typing import Any
 
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.features.exporting import neuronpedia, saedashboard
+from r1sae_fast.features.exporting.logits import Logits
 from r1sae_fast.features.exporting.pages import Page
+from r1sae_fast.features.exporting.sae_vis import Activity, vis_data
 from r1sae_fast.features.exporting.target import Target
 
-FORMATS = ("jsonl", "neuronpedia", "saedashboard")
+FORMATS = ("jsonl", "neuronpedia", "saedashboard", "saevis")
 
 
 def export_pages(
@@ -21,6 +23,7 @@ def export_pages(
     folder: Path,
     kind: str,
     target: Target,
+    activity: Activity,
     *,
     overwrite: bool,
     progress: Callable[[float], None],
@@ -46,14 +49,34 @@ def export_pages(
         if kind == "jsonl":
             put(f"features-{number:05}.jsonl", lines(map(_plain, batch)))
         elif kind == "saedashboard":
-            put(f"batch-{number}.json", encoded(saedashboard.batch(batch, target)))
+            shown = saedashboard.batch(batch, target)
+            add_logits(shown["features"], activity.logits, batch)
+            put(f"batch-{number}.json", encoded(shown))
+        elif kind == "saevis":
+            if any(page.contexts for page in batch):
+                put(f"vis-{number}.json", encoded(vis_data(batch, activity)))
         else:
-            for part, entries in neuronpedia.batch(batch, target).items():
+            parts = neuronpedia.batch(batch, target)
+            add_logits(parts["features"], activity.logits, batch)
+            for part, entries in parts.items():
                 # No time in it: the same features give the same bytes.
                 data = gzip.compress(lines(entries), mtime=0)
                 put(f"{part}/batch-{number}.jsonl.gz", data)
         progress(len(batch))
+    if not written:
+        raise ValueError(
+            "none of these features is ever active, so there is nothing that SAEDashboard's page "
+            "could show; choose others"
+        )
     return written
+
+
+def add_logits(rows: list[dict[str, Any]], logits: Logits | None, pages: list[Page]) -> None:
+    """Fills in what features add to the logits, which their rows have under the same names."""
+    if logits is not None:
+        found = logits.shown([page.feature_id for page in pages])
+        for row, one in zip(rows, found, strict=True):
+            row.update(one)
 
 
 def encoded(value: Any) -> bytes:
