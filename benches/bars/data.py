@@ -25,10 +25,10 @@ def make_sae(shape: Shape, mode: Mode, dtype: torch.dtype, *, tied: bool = True)
 
 
 def make_x(rows: int, d_in: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
-    """Residuals ``[rows, d_in]`` with R1's outlier dimensions."""
+    """Residuals ``[rows, d_in]`` with R1's outlier dimensions: the model's, whatever the seed."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d_in, generator=generator) * RMS
-    places = torch.randperm(d_in, generator=generator)[: len(OUTLIERS)]
+    places = torch.randperm(d_in, generator=torch.Generator().manual_seed(0))[: len(OUTLIERS)]
     x[:, places] += torch.tensor(OUTLIERS)
     return x.to(dtype)
 

@@ -1,7 +1,7 @@
 """P3: a whole training step beside sparsify's, and each one's peak memory.
 
 A step is forward, backward, gradient norm and clipping, Adam, and the decoder's rows brought back
-to norm 1; what sparsify takes for forward and backward alone is told too.
+to norm 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from r1sae_fast.train import TrainConfig
 from r1sae_fast.train.step import Learner
 
 RATE = 1e-4
-_BATCHES = 4
+# Before the contest: rows enough that nearly all features have codes, so that they have moments.
+_WARM_ROWS, _WARM_STEPS = 2048, 2
 Step = Callable[[Tensor], object]
 
 
@@ -56,45 +57,41 @@ def their_step(peer: Peer) -> Step:
     return step
 
 
+def fresh_batches(shape: Shape, rows: int, count: int) -> list[Tensor]:
+    """Batches ``[rows, d_in]`` of which no two are alike."""
+    return [make_x(rows, shape.d_in, torch.float32, seed=1 + i) for i in range(count)]
+
+
 def steps(shape: Shape, rows: int, rounds: int, *, whole: bool = True) -> Section:
-    """The contest at one batch size.
+    """The contest at one batch size. As in a run nobody meets a batch twice, and nearly all
+    features have fired before: those without codes in a batch move on by their momentum.
 
     Args:
-        whole: whether sparsify's whole step runs too; with 2048 rows of R1's shape the gradients
-            alone take it 10 GB, and Adam's state as much as the weights thrice.
+        whole: whether sparsify's whole step is taken, or its forward and backward alone, which
+            need 5 GB less at R1's shape.
     """
-    # Each step meets other rows, as in a run: features that fire differ, and so do rows that rest.
-    batches = [make_x(rows, shape.d_in, torch.float32, seed=1 + i) for i in range(_BATCHES)]
-    at = dict.fromkeys(("ours", "sparsify", "gradients"), 0)
-
-    def batch(who: str) -> Tensor:
-        at[who] += 1
-        return batches[at[who] % _BATCHES]
-
     ours, peer = our_step(shape), sparsify(shape)
-    calls: dict[str, Callable[[], object]] = {"ours": lambda: ours(batch("ours"))}
-    for _ in range(_BATCHES):
-        calls["ours"]()  # until nearly all features have moments
-    if whole:
-        theirs = their_step(peer)
-        calls["sparsify"] = lambda: theirs(batch("sparsify"))
+    for x in fresh_batches(shape, _WARM_ROWS, _WARM_STEPS):
+        ours(x)
+    # Warming up takes one or two.
+    batches = fresh_batches(shape, rows, rounds + 2)
+    step = their_step(peer) if whole else peer.step
 
-    def gradients() -> None:
-        peer.step(batch("gradients"))
-        peer.module.zero_grad(set_to_none=True)
+    def in_order(step: Step) -> Callable[[], object]:
+        rest = iter(batches)
+        return lambda: step(next(rest))
 
-    calls["sparsify_without_adam"] = gradients
+    name = "sparsify" if whole else "sparsify_without_adam"
+    calls = {"ours": in_order(ours), name: in_order(step)}
     result = in_turns(f"P3 training step float32, {rows} rows", calls, Budget(rounds=rounds))
     result.work = (rows, "tokens")
-    bars = [
-        Bar("P3", f"step of {rows} rows beside {name}", result.ratio(name), 6.0)
-        for name in result.others
-    ]
-    return Section([result], bars)
+    return Section(
+        [result], [Bar("P3", f"step of {rows} rows beside {name}", result.ratio(name), 6.0)]
+    )
 
 
 def peak_memory(who: str, shape: Shape, rows: int) -> int:
-    """Bytes at most, of a process that does two steps and nothing else."""
+    """Bytes at most, of a process that takes a few steps of other rows each and nothing else."""
     code = f"from bars.step import measure; measure({who!r}, {shape.name!r}, {rows})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
@@ -103,8 +100,9 @@ def peak_memory(who: str, shape: Shape, rows: int) -> int:
 def measure(who: str, shape: str, rows: int) -> None:
     """The program of :func:`peak_memory`."""
     size = SHAPES[shape]
-    step = our_step(size) if who == "ours" else their_step(sparsify(size))
-    for seed in range(2):
+    # Theirs has moments of all features after the first; ours once each has fired.
+    step, count = (our_step(size), 12) if who == "ours" else (their_step(sparsify(size)), 2)
+    for seed in range(count * 256 // rows + 2):
         step(make_x(rows, size.d_in, torch.float32, seed=seed))
     print(memory_field("VmHWM"))
 

@@ -71,7 +71,7 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
             combined.add_dense(as_rows(parameter.grad, parameter))
         changes, version = getattr(parameter, "row_changes", None), parameter._version
         asleep = state.get("asleep")
-        slept = None if asleep is None else asleep != 0
+        slept = None if asleep is None else asleep > 0
         wake = _fused_step(settings, state, arrays, combined)
         # Torch didn't see it, and who keeps a copy of the weights asks torch.
         torch.autograd.graph.increment_version(parameter)
@@ -81,7 +81,7 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
                 moved = combined.touched()
             elif slept is not None and not wake:
                 # A row that fell asleep now may have been brought back to norm 1.
-                moved = ~(slept & (state["asleep"] != 0))
+                moved = ~(slept & (state["asleep"] > 0))
             changes.note(version, parameter._version, moved)
         return
     if factored is not None:
@@ -101,7 +101,7 @@ def _fused_step(
 ) -> bool:
     """The step in Rust, in place. Returns whether rows that slept may have moved."""
     w, m, v = arrays
-    # Which rows sleep (see the Rust core), and the least learning rate since one fell asleep.
+    # Which rows rest (see the Rust core), and the least learning rate since one fell asleep.
     asleep = state.get("asleep")
     if asleep is None or asleep.dtype != torch.int64:
         # Loading a state dict makes every tensor of the parameter's dtype.
@@ -145,7 +145,7 @@ def _fused_step(
 
 
 def settle(state: dict[str, Tensor], betas: tuple[float, float]) -> None:
-    """Gives the moments of rows that sleep, in place, the decays that they have not had yet: only
+    """Gives the moments of rows that rest, in place, the decays that they have not had yet: only
     then are they what ``torch.optim.Adam`` would hold."""
     asleep = state.get("asleep")
     if asleep is None or not bool(asleep.any()):
@@ -159,9 +159,10 @@ def settle(state: dict[str, Tensor], betas: tuple[float, float]) -> None:
         # Some at a time; zeros aren't written to, and go on taking no memory.
         for some in torch.split(asleep.nonzero().flatten(), _SETTLED_ROWS):
             some = some[moments[some].any(dim=1)]
-            missed = (now - asleep[some]).double()
+            missed = (now - asleep[some].abs()).double()
             moments[some] = (moments[some] * (beta**missed)[:, None]).float()
-    asleep[asleep != 0] = max(now, 1)
+    asleep[asleep < 0] = 0
+    asleep[asleep > 0] = max(now, 1)
 
 
 def _plain_step(settings: Settings, state: dict[str, Tensor], parameter: Tensor) -> None:

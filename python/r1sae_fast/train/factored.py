@@ -24,6 +24,7 @@ from r1sae_fast.train.gradients import (
 )
 from r1sae_fast.train.losses.base import Part
 from r1sae_fast.train.select import DenseFinder
+from r1sae_fast.train.sums import sum_of_squares
 
 _DENSE_SHARE = DENSE_SHARE
 """Of the dead features."""
@@ -105,8 +106,8 @@ def _add_auxiliary(
         return (kept if some is codes else some.to_dense()) @ decoder
 
     missed = by.ranks.decoded(decode, codes).add_(error)
-    size = error.square().sum().clamp_min(torch.finfo(error.dtype).tiny)
-    loss = missed.square().sum() / size
+    size = sum_of_squares(error).clamp_min(torch.finfo(error.dtype).tiny)
+    loss = sum_of_squares(missed) / size
     scale = by.coefficient * 2.0 / float(size)
     if kept is None:
         features = dead[codes.indices.long()].to(torch.int32)

@@ -28,6 +28,7 @@ from r1sae_fast.train.losses import LOSSES, Finder, Sae, jumprelu, topk, transco
 from r1sae_fast.train.mixed import RoundedWeights, WideningFinder
 from r1sae_fast.train.parallel import ALONE, Ranks
 from r1sae_fast.train.select import DenseFinder, RowByRow
+from r1sae_fast.train.sums import squared_deviations
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class StepFigures:
     dead: int
 
 
-_CACHED_NUMBERS = 1 << 18
 _ROWS = 1024
 
 _SHARED = ("b_dec", transcoder.SKIP)
@@ -226,7 +226,7 @@ class Learner:
         asleep = self.adam_state.get(name, {}).get("asleep")
         if asleep is None or self.config.adam != "dense":
             return None
-        return asleep == 0
+        return asleep <= 0
 
     def weights_changed(self, in_encoder: Tensor | None, in_decoder: Tensor | None) -> None:
         """Brings copies of the weights up to date.
@@ -315,7 +315,7 @@ class Learner:
             found["log_threshold"] = jumprelu.gradient_of_log_threshold(
                 sae, forward, gradients.of_values, config, sparsity
             )
-        variance = _squared_deviations(x if target is None else target)
+        variance = squared_deviations(x if target is None else target)
         # A batch that doesn't vary (a single row, say) has no fraction of variance.
         fvu = torch.where(variance > 0, forward.squared / variance, math.nan)
         self.l0 = self.ranks.total(codes.nnz) / x.shape[0]
@@ -432,12 +432,3 @@ class Learner:
         """Gives Adam's memory back: after the last step."""
         for state in self.adam_state.values():
             state.clear()
-
-
-def _squared_deviations(x: Tensor) -> Tensor:
-    """The sum of squares of what ``x [n, d_in]`` differs from its mean row by."""
-    mean = x.mean(0)
-    # On the CPU some rows at a time: new memory for a batch costs more than its arithmetic.
-    rows = max(1, _CACHED_NUMBERS // x.shape[1])
-    parts = torch.split(x, rows) if x.device.type == "cpu" else (x,)
-    return torch.stack([(part - mean).square().sum() for part in parts]).sum()

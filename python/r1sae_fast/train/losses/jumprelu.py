@@ -39,6 +39,7 @@ from r1sae_fast.train.losses.base import (
     only,
     pre_activations,
 )
+from r1sae_fast.train.sums import sum_of_squares
 
 
 def definition(
@@ -115,7 +116,7 @@ def forward(
     kept = found.values > theta[found.indices.long()]
     codes, below = only(found, kept), only(found, ~kept)
     error = transcoder.error(sae, sae.decode(codes), x, target)
-    squared = error.square().sum()
+    squared = sum_of_squares(error)
     coefficient, slope = share * config.penalty / x.shape[0], config.slope / unit
     of_codes = of_below = None
     if config.sparsity == "tanh":

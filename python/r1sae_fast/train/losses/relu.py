@@ -26,6 +26,7 @@ from r1sae_fast.train.losses.base import (
     decoder,
     pre_activations,
 )
+from r1sae_fast.train.sums import sum_of_squares
 
 
 def definition(
@@ -51,7 +52,7 @@ def forward(
     """The loss of standardised rows ``x [rows, d_in]``, with ``share`` of the penalty."""
     codes = sae.find.threshold(x, 0.0, check_finite=False)
     error = transcoder.error(sae, sae.decode(codes), x, target)
-    squared = error.square().sum()
+    squared = sum_of_squares(error)
     of_a_code = share * config.penalty / (x.shape[0] * math.sqrt(x.shape[1]))
     loss = squared / x.numel() + of_a_code * sae.total(codes.values.sum())
     part = Part(codes, error, extra=x.new_tensor(of_a_code))

@@ -22,6 +22,7 @@ from r1sae_fast.train.losses.base import (
     decoder,
     pre_activations,
 )
+from r1sae_fast.train.sums import sum_of_squares
 
 
 def definition(
@@ -52,7 +53,7 @@ def forward(
     del share
     codes = find(sae, x, config)
     error = transcoder.error(sae, sae.decode(codes), x, target)
-    squared = error.square().sum()
+    squared = sum_of_squares(error)
     parts = [Part(codes, error)]
     return Forward(codes, squared / x.numel(), error, squared, parts, error, codes.nnz)
 

@@ -1,35 +1,94 @@
 //! Adam's arithmetic on one row. One body, compiled for each instruction set; it has no fused
 //! multiply-add and sums in 16 fixed lanes, so that all of them agree to the bit.
 
-use super::Factors;
+use super::{Decay, Factors};
 use crate::simd::{Level, Simd};
 
 const LANES: usize = 16;
 
+/// How far ahead of the arithmetic its rows are asked for, bytes: the hardware foresees no page.
+const AHEAD: usize = 1024;
+
+/// The root of a mean square.
+trait Root {
+    fn of(square: f32) -> f32;
+}
+
+/// As the CPU rounds it.
+struct Exact;
+
+impl Root for Exact {
+    #[inline(always)]
+    fn of(square: f32) -> f32 {
+        square.sqrt()
+    }
+}
+
+/// To three units in the last place for normal numbers, below 1e-18 for all smaller ones, in half
+/// the time: Newton's iteration for `1 / sqrt` from the exponent's half, which takes multiplications
+/// alone and so is the same on every CPU.
+struct Newton;
+
+impl Root for Newton {
+    #[inline(always)]
+    fn of(square: f32) -> f32 {
+        let half = 0.5 * square;
+        let mut inverse = f32::from_bits(0x5F37_5A86 - (square.to_bits() >> 1));
+        for _ in 0..3 {
+            inverse *= 1.5 - half * inverse * inverse;
+        }
+        square * inverse
+    }
+}
+
+/// From this eps on what [`Newton`] does with the smallest numbers doesn't show beside it.
+const EPS_OF_NEWTON: f32 = 1e-10;
+
 /// The step of one number, downwards.
 #[inline(always)]
-fn stride(mean: f32, square: f32, by: &Factors) -> f32 {
-    by.step_size * mean / (square.sqrt() * by.root_correction + by.eps)
+fn stride<R: Root>(mean: f32, square: f32, by: &Factors) -> f32 {
+    by.step_size * mean / (R::of(square) * by.root_correction + by.eps)
+}
+
+/// Asks for what a pass over a row will come to soon; past its end that is the next row.
+#[inline(always)]
+fn ask_ahead(row: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a prefetch reads nothing that the program sees and never faults, wherever it points.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().cast::<i8>().wrapping_add(AHEAD)) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = row;
+}
+
+/// A row of the weight and of its moments.
+pub(super) struct Moving<'a> {
+    pub w: &'a mut [f32],
+    pub m: &'a mut [f32],
+    pub v: &'a mut [f32],
 }
 
 /// `m` and `v` follow the gradient less `along` times the row, and `w` goes against it.
 /// Returns the square of its new norm.
 #[inline(always)]
-fn touched_body(
-    w: &mut [f32],
-    m: &mut [f32],
-    v: &mut [f32],
+fn touched_by<R: Root>(
+    row: Moving<'_>,
     gradient: &[f32],
     along: f32,
+    decay: Decay,
     by: &Factors,
 ) -> f32 {
+    let w = row.w;
     let len = w.len();
-    let (m, v, gradient) = (&mut m[..len], &mut v[..len], &gradient[..len]);
+    let (m, v) = (&mut row.m[..len], &mut row.v[..len]);
+    let gradient = &gradient[..len];
     let one = |w: &mut f32, m: &mut f32, v: &mut f32, gradient: f32| {
         let g = (gradient - along * *w) * by.scale;
-        *m = *m * by.beta1 + g * by.rest1;
-        *v = *v * by.beta2 + g * g * by.rest2;
-        *w -= stride(*m, *v, by);
+        *m = *m * decay.mean + g * by.rest1;
+        *v = *v * decay.square + g * g * by.rest2;
+        *w -= stride::<R>(*m, *v, by);
         *w * *w
     };
     let mut sums = [0.0_f32; LANES];
@@ -42,6 +101,9 @@ fn touched_body(
             &mut v[here.clone()],
         );
         let gradient = &gradient[here];
+        ask_ahead(w);
+        ask_ahead(m);
+        ask_ahead(v);
         for lane in 0..LANES {
             sums[lane] += one(&mut w[lane], &mut m[lane], &mut v[lane], gradient[lane]);
         }
@@ -53,15 +115,20 @@ fn touched_body(
     sum
 }
 
-/// The same for a gradient of 0. Returns too whether any number would move at twice the step.
+/// The same for a gradient of 0, of moments that stay as they are: what they have missed, this step
+/// included, is `decay`. Returns too whether any number would move at twice the step.
 #[inline(always)]
-fn idle_body(w: &mut [f32], m: &mut [f32], v: &mut [f32], by: &Factors) -> (f32, bool) {
+fn idle_by<R: Root>(
+    w: &mut [f32],
+    m: &[f32],
+    v: &[f32],
+    decay: Decay,
+    by: &Factors,
+) -> (f32, bool) {
     let len = w.len();
-    let (m, v) = (&mut m[..len], &mut v[..len]);
-    let one = |w: &mut f32, m: &mut f32, v: &mut f32| {
-        *m *= by.beta1;
-        *v *= by.beta2;
-        let stride = stride(*m, *v, by);
+    let (m, v) = (&m[..len], &v[..len]);
+    let one = |w: &mut f32, m: f32, v: f32| {
+        let stride = stride::<R>(m * decay.mean, v * decay.square, by);
         let moved = (*w - 2.0 * stride).to_bits() ^ w.to_bits();
         *w -= stride;
         (*w * *w, moved)
@@ -70,9 +137,12 @@ fn idle_body(w: &mut [f32], m: &mut [f32], v: &mut [f32], by: &Factors) -> (f32,
     let whole = len - len % LANES;
     for start in (0..whole).step_by(LANES) {
         let here = start..start + LANES;
-        let (w, m, v) = (&mut w[here.clone()], &mut m[here.clone()], &mut v[here]);
+        let (w, m, v) = (&mut w[here.clone()], &m[here.clone()], &v[here]);
+        ask_ahead(w);
+        ask_ahead(m);
+        ask_ahead(v);
         for lane in 0..LANES {
-            let (square, moved) = one(&mut w[lane], &mut m[lane], &mut v[lane]);
+            let (square, moved) = one(&mut w[lane], m[lane], v[lane]);
             sums[lane] += square;
             changes[lane] |= moved;
         }
@@ -80,11 +150,27 @@ fn idle_body(w: &mut [f32], m: &mut [f32], v: &mut [f32], by: &Factors) -> (f32,
     let mut sum: f32 = sums.iter().sum();
     let mut moved = changes.iter().any(|bits| *bits != 0);
     for i in whole..len {
-        let (square, bits) = one(&mut w[i], &mut m[i], &mut v[i]);
+        let (square, bits) = one(&mut w[i], m[i], v[i]);
         sum += square;
         moved |= bits != 0;
     }
     (sum, moved)
+}
+
+#[inline(always)]
+fn touched_body(row: Moving<'_>, gradient: &[f32], along: f32, decay: Decay, by: &Factors) -> f32 {
+    if by.eps >= EPS_OF_NEWTON {
+        return touched_by::<Newton>(row, gradient, along, decay, by);
+    }
+    touched_by::<Exact>(row, gradient, along, decay, by)
+}
+
+#[inline(always)]
+fn idle_body(w: &mut [f32], m: &[f32], v: &[f32], decay: Decay, by: &Factors) -> (f32, bool) {
+    if by.eps >= EPS_OF_NEWTON {
+        return idle_by::<Newton>(w, m, v, decay, by);
+    }
+    idle_by::<Exact>(w, m, v, decay, by)
 }
 
 #[inline(always)]
@@ -125,9 +211,9 @@ macro_rules! twins {
 }
 
 twins!(touched, touched_body, (
-    w: &mut [f32], m: &mut [f32], v: &mut [f32], gradient: &[f32], along: f32, by: &Factors
+    row: Moving<'_>, gradient: &[f32], along: f32, decay: Decay, by: &Factors
 ) -> f32);
 twins!(idle, idle_body, (
-    w: &mut [f32], m: &mut [f32], v: &mut [f32], by: &Factors
+    w: &mut [f32], m: &[f32], v: &[f32], decay: Decay, by: &Factors
 ) -> (f32, bool));
 twins!(multiply, multiply_body, (row: &mut [f32], factor: f32) -> ());

@@ -4,9 +4,11 @@
 //! independent of each other, so that the result doesn't depend on the number of threads.
 //!
 //! A row without codes moves on by its decaying momentum, until no number of it moves any more
-//! (some 200 steps; long before its mean turns into denormal numbers, which are slow). From then
+//! (some 200 steps; long before its mean turns into denormal numbers, which are slow). Its moments
+//! are read meanwhile and not written: what they are by now is a power of their decays. From then
 //! on it sleeps (a row that never had a code does from the start): nothing of it is read or
-//! written, and when it has codes again, its moments are first multiplied by what they missed. That is `torch.optim.Adam` to rounding.
+//! written. When a row has codes again, its moments are multiplied by what they missed. That is
+//! `torch.optim.Adam` to rounding.
 
 use std::ops::Range;
 
@@ -29,7 +31,8 @@ pub struct State<'a> {
     pub m: &'a mut [f32],
     /// And of its square.
     pub v: &'a mut [f32],
-    /// Of each row the last step that its moments know of where it sleeps, else 0.
+    /// 0: the row's moments know of all steps. Else the last step that they know of, above 0 where
+    /// the row sleeps, below 0 (negated) where it moves on.
     pub asleep: &'a mut [i64],
 }
 
@@ -73,9 +76,7 @@ const FIRST_SLEEP: u64 = 20;
 /// [`Step`] as the loops use it, in f32.
 #[derive(Clone, Copy, Debug)]
 struct Factors {
-    beta1: f32,
     rest1: f32,
-    beta2: f32,
     rest2: f32,
     step_size: f32,
     root_correction: f32,
@@ -83,6 +84,24 @@ struct Factors {
     scale: f32,
     /// Whether a row that doesn't move now, won't.
     may_sleep: bool,
+}
+
+/// What moments are multiplied by.
+#[derive(Clone, Copy, Debug)]
+struct Decay {
+    mean: f32,
+    square: f32,
+}
+
+impl Decay {
+    /// Of so many steps.
+    fn of(step: &Step, steps: u64) -> Self {
+        let steps = steps as f64;
+        Self {
+            mean: step.beta1.powf(steps) as f32,
+            square: step.beta2.powf(steps) as f32,
+        }
+    }
 }
 
 impl Factors {
@@ -106,9 +125,7 @@ impl Factors {
         }
         let steps = step.number as f64;
         Ok(Self {
-            beta1: step.beta1 as f32,
             rest1: (1.0 - step.beta1) as f32,
-            beta2: step.beta2 as f32,
             rest2: (1.0 - step.beta2) as f32,
             step_size: (step.learning_rate / (1.0 - step.beta1.powf(steps))) as f32,
             root_correction: (1.0 / (1.0 - step.beta2.powf(steps)).sqrt()) as f32,
@@ -149,11 +166,12 @@ pub fn update(
     check_sources(sources, d_sae, d_in)?;
     let selection = Selection::new(features, d_sae)?;
     // Of the chosen rows only: others may have fallen asleep in this very step.
-    let in_past = |last: i64| u64::try_from(last).is_ok_and(|last| last < step.number);
+    let in_past = |last: i64| last.unsigned_abs() < step.number;
     let mut chosen = (0..selection.len()).map(|at| asleep[selection.feature(at)]);
     if let Some(last) = chosen.find(|last| !in_past(*last)) {
         return Err(Error::InvalidArgument(format!(
-            "a row sleeps since step {last}; this is step {}",
+            "a row sleeps since step {}; this is step {}",
+            last.unsigned_abs(),
             step.number
         )));
     }
@@ -164,11 +182,12 @@ pub fn update(
             .iter()
             .map(|source| source.lists.count(feature) * source.terms.len());
         let codes: usize = codes.sum();
-        if codes == 0 && asleep[feature] != 0 && !step.wake {
+        if codes == 0 && asleep[feature] > 0 && !step.wake {
             return 1;
         }
-        // Six rows are read or written for the state of each.
-        (6 + codes).saturating_mul(d_in)
+        // Six rows are read or written for the state of each, four where it has no codes.
+        let state = if codes == 0 { 4 } else { 6 };
+        (state + codes).saturating_mul(d_in)
     };
     let mut parts = Vec::new();
     let ranges = by_cost(selection.len(), threads, cost);
@@ -197,6 +216,15 @@ pub fn update(
     pool::map(parts, |part| part.update(sources, selection))
         .into_iter()
         .collect()
+}
+
+/// The last step that the moments of a row know of, where they don't hear of step `number`: 1 at
+/// the least, as before the first there are none.
+fn known(asleep: i64, number: u64) -> i64 {
+    match asleep {
+        0 => (number as i64 - 1).max(1),
+        last => last.abs(),
+    }
 }
 
 /// A thread's rows.
@@ -235,19 +263,19 @@ impl Part<'_> {
             );
             let asleep = &mut self.asleep[feature - self.first];
             let gradient = row.of(feature)?;
-            if gradient.is_none() && (step.idle == Idle::Freeze || (*asleep != 0 && !step.wake)) {
+            if gradient.is_none() && (step.idle == Idle::Freeze || (*asleep > 0 && !step.wake)) {
                 continue;
             }
-            if gradient.is_some() && (*asleep != 0 || step.number == 1) {
+            if gradient.is_some() && (*asleep > 0 || step.number == 1) {
                 // Moments have no memory before they are written to.
                 populate(m);
                 populate(v);
             }
             if gradient.is_none() && m.iter().all(|mean| *mean == 0.0) {
                 // Never had a code, or long ago: without a mean nothing moves, whatever the step.
-                if *asleep == 0 {
+                if *asleep <= 0 {
                     // Its mean square hasn't heard of this step (of the first, there is none).
-                    *asleep = (step.number as i64 - 1).max(1);
+                    *asleep = known(*asleep, step.number);
                     if step.unit_rows {
                         let squared_norm = simd.dot(w, &*w);
                         kernel::multiply(simd, w, 1.0 / squared_norm.sqrt().max(1e-12));
@@ -255,25 +283,43 @@ impl Part<'_> {
                 }
                 continue;
             }
-            if *asleep != 0 {
-                // Below `step.number`, as was checked.
-                let missed = (step.number - 1 - *asleep as u64) as f64;
-                kernel::multiply(simd, m, step.beta1.powf(missed) as f32);
-                kernel::multiply(simd, v, step.beta2.powf(missed) as f32);
-                *asleep = 0;
+            if *asleep == 0 && step.number == 1 && gradient.is_none() {
+                // There is no step before the first that its moments could know of.
+                let none = Decay::of(step, 1);
+                kernel::multiply(simd, m, none.mean);
+                kernel::multiply(simd, v, none.square);
+                *asleep = 1;
             }
+            // Not after this step, as was checked.
+            let missed = match asleep.unsigned_abs() {
+                0 => 1,
+                last => step.number - last,
+            };
+            let decay = Decay::of(step, missed);
             let squared_norm = if let Some(gradient) = gradient {
+                *asleep = 0;
                 let along = if step.unit_rows {
                     simd.dot(gradient, w)
                 } else {
                     0.0
                 };
-                kernel::touched(simd, w, m, v, gradient, along, factors)
+                let w = &mut *w;
+                kernel::touched(
+                    simd,
+                    kernel::Moving { w, m, v },
+                    gradient,
+                    along,
+                    decay,
+                    factors,
+                )
             } else {
-                let (squared_norm, moved) = kernel::idle(simd, w, m, v, factors);
-                if !moved && factors.may_sleep {
-                    *asleep = step.number as i64;
-                }
+                let (squared_norm, moved) = kernel::idle(simd, w, m, v, decay, factors);
+                let known = known(*asleep, step.number);
+                *asleep = if moved || !factors.may_sleep {
+                    -known
+                } else {
+                    known
+                };
                 squared_norm
             };
             if step.unit_rows {

@@ -68,7 +68,7 @@ impl Problem {
         self
     }
 
-    /// The weight and moments after one step, sleeping rows told of what they missed.
+    /// The weight and moments after one step, resting rows told of what they missed.
     fn after(
         &self,
         step: &Step,
@@ -94,8 +94,12 @@ impl Problem {
             terms: &terms,
         }];
         update(state, self.d_in, &sources, features, step, simd, threads).unwrap();
-        for (feature, last) in asleep.into_iter().enumerate().filter(|(_, last)| *last > 0) {
-            let missed = (step.number as i64 - last) as f64;
+        for (feature, last) in asleep
+            .into_iter()
+            .enumerate()
+            .filter(|(_, last)| *last != 0)
+        {
+            let missed = (step.number - i64::unsigned_abs(last)) as f64;
             let here = feature * self.d_in..(feature + 1) * self.d_in;
             for (moment, beta) in [(&mut m, step.beta1), (&mut v, step.beta2)] {
                 let lost = beta.powf(missed) as f32;
@@ -306,9 +310,11 @@ fn sleeping_rows_wake_as_if_they_had_not_slept() {
         }
         let asleep = |step: usize| &slept[step - 1];
         // Never moved, so asleep from the start; the other fell asleep in between.
-        assert_eq!(asleep(19), &[0, 0, 1]);
-        assert!((100..500).contains(&asleep(600)[1]), "{:?}", asleep(600));
-        assert_eq!(asleep(601), &[0, 0, 1]);
+        assert_eq!(asleep(19), &[-18, 0, 1]);
+        let fell = slept.iter().position(|asleep| asleep[1] > 0);
+        assert!(fell.is_some_and(|at| (100..500).contains(&at)), "{fell:?}");
+        assert_eq!(asleep(600)[1], 29);
+        assert_eq!(asleep(601), &[-600, 0, 1]);
         let [(_, w, m, v, _), (_, w_awake, m_awake, v_awake, _)] = &runs;
         for (found, expected) in [(w, w_awake), (m, m_awake), (v, v_awake)] {
             for (found, expected) in found.iter().zip(expected) {

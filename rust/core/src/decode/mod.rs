@@ -4,6 +4,7 @@
 //! f32, in the order of the codes, whatever the element type and the number of
 //! threads.
 
+use crate::memory::prefer_large_pages;
 use crate::rows::{map_ranges_mut, Matrix};
 use crate::simd::{Element, Simd, Stored};
 use crate::{Cancel, Error, Result};
@@ -122,6 +123,8 @@ pub fn decode<E: Element, W: Stored>(
         None => vec![0.0; d_in],
     };
     let mut output = vec![E::default(); codes.rows() * d_in];
+    // Zeros of this size are pages that aren't there yet.
+    prefer_large_pages(&output);
     let parts = map_ranges_mut(
         &mut output,
         d_in,
