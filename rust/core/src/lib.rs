@@ -16,6 +16,7 @@ pub mod error;
 pub mod examples;
 pub mod fp8;
 pub mod grad;
+mod lines;
 pub mod memory;
 mod pool;
 pub mod r1;

@@ -4,6 +4,7 @@
 //! f32, in the order of the codes, whatever the element type and the number of
 //! threads.
 
+use crate::lines::Lines;
 use crate::memory::prefer_large_pages;
 use crate::rows::{map_ranges_mut, Matrix};
 use crate::simd::{Element, Simd, Stored};
@@ -131,7 +132,7 @@ pub fn decode<E: Element, W: Stored>(
         codes.cost(d_in),
         threads,
         |range, part| {
-            let mut sum = vec![0.0_f32; d_in];
+            let mut sum = Lines::new(0.0_f32, d_in);
             for (row, output) in range.zip(part.chunks_exact_mut(d_in)) {
                 cancel.check()?;
                 sum.copy_from_slice(&start);

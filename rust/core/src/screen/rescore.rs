@@ -4,9 +4,10 @@
 use std::ops::Range;
 
 use super::dot::{dots, Sum, BLOCK, GROUP};
+use crate::lines::Lines;
 use crate::rows::Matrix;
 use crate::select::Options;
-use crate::simd::{prefetch, Element};
+use crate::simd::Element;
 use crate::{pool, Cancel, Result};
 
 /// Rows for which the weights are read once.
@@ -132,40 +133,46 @@ fn products_of<E: Element>(
     // As many blocks of dimensions at once as keep all rows' in the cache.
     let blocks = (CACHED / wanted.rows.len().max(1) / BLOCK).max(1);
     let span = (blocks * BLOCK).min(width.next_multiple_of(BLOCK));
-    let mut block_of_x = vec![0.0_f32; wanted.rows.len() * span];
+    let mut block_of_x = Lines::new(E::default(), wanted.rows.len() * span);
     let base = pairs.starts[range.start];
     let present = pairs.present(range);
     for start in (0..width).step_by(span.max(1)) {
         let here = span.min(width - start);
         for (row, block) in wanted.rows.iter().zip(block_of_x.chunks_exact_mut(span)) {
-            for (value, x) in block.iter_mut().zip(&x.row(*row)[start..start + here]) {
-                *value = x.to_f32();
-            }
+            block[..here].copy_from_slice(&x.row(*row)[start..start + here]);
         }
         for (at, feature) in present.iter().enumerate() {
             if at % 256 == 0 {
                 cancel.check()?;
             }
             let (from, to) = (pairs.starts[*feature], pairs.starts[*feature + 1]);
-            let next = present
-                .get(at + 1)
-                .map(|next| &w.row(*next)[start..start + here]);
+            // The next feature's numbers lie far away, in pieces too short to be foreseen.
+            let next = present.get(at + 1).unwrap_or(feature);
+            let next = &w.row(*next)[start..start + here];
             let w = &w.row(*feature)[start..start + here];
             let groups = pairs.rows[from..to].chunks(GROUP);
             let groups = groups.zip(sums[from - base..to - base].chunks_mut(GROUP));
             for (group, (rows, sums)) in groups.enumerate() {
                 for block in (0..here).step_by(BLOCK) {
                     let end = (block + BLOCK).min(here);
-                    // The next feature's numbers lie far away, in pieces too short to be foreseen.
-                    if let Some(next) = next.filter(|_| group == 0) {
-                        prefetch(&next[block..end]);
-                    }
-                    let mut parts: [&[f32]; GROUP] = [&[]; GROUP];
+                    let ahead = if group == 0 {
+                        &next[block..]
+                    } else {
+                        &w[block..]
+                    };
+                    let mut parts: [&[E]; GROUP] = [&[]; GROUP];
                     for (part, row) in parts.iter_mut().zip(rows) {
                         let row = *row as usize * span;
                         *part = &block_of_x[row + block..row + end];
                     }
-                    let found = dots(&w[block..end], &parts, rows.len(), sum, options.simd);
+                    let found = dots(
+                        &w[block..end],
+                        ahead.as_ptr(),
+                        &parts,
+                        rows.len(),
+                        sum,
+                        options.simd,
+                    );
                     for (total, found) in sums.iter_mut().zip(found) {
                         *total += found;
                     }

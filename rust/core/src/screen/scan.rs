@@ -8,33 +8,32 @@ use super::layout::PANEL;
 use crate::simd::Level;
 use crate::simd::Simd;
 
-/// The bounds of one panel's features, each of [`PANEL`] entries.
-pub(super) struct PanelBounds<'a> {
+/// The bounds of one panel's features, gathered so that each begins a cache line.
+#[repr(C, align(64))]
+pub(super) struct PanelBounds {
+    pub scale: [f32; PANEL],
+    pub shift: [f32; PANEL],
+    pub error2: [f32; PANEL],
+    pub norm2: [f32; PANEL],
+    pub bias: [f32; PANEL],
+    /// What a pre-activation must exceed, whatever the others.
+    pub floor: [f32; PANEL],
     /// The first feature.
     pub first: usize,
-    pub scale: &'a [f32; PANEL],
-    pub shift: &'a [f32; PANEL],
-    pub error2: &'a [f32; PANEL],
-    pub norm2: &'a [f32; PANEL],
-    pub bias: &'a [f32; PANEL],
-    /// What a pre-activation must exceed, whatever the others.
-    pub floor: &'a [f32; PANEL],
 }
 
-impl<'a> PanelBounds<'a> {
+impl PanelBounds {
     /// Of panel `panel`; None beyond the last.
-    pub(super) fn new(bounds: &'a FeatureBounds, floor: &'a [f32], panel: usize) -> Option<Self> {
-        fn part(all: &[f32], panel: usize) -> Option<&[f32; PANEL]> {
-            all.get(panel * PANEL..)?.first_chunk()
-        }
+    pub(super) fn new(bounds: &FeatureBounds, floor: &[f32], panel: usize) -> Option<Self> {
+        let part = |all: &[f32]| all.get(panel * PANEL..)?.first_chunk().copied();
         Some(Self {
+            scale: part(&bounds.scale)?,
+            shift: part(&bounds.shift)?,
+            error2: part(&bounds.error2)?,
+            norm2: part(&bounds.norm2)?,
+            bias: part(&bounds.bias)?,
+            floor: part(floor)?,
             first: panel * PANEL,
-            scale: part(&bounds.scale, panel)?,
-            shift: part(&bounds.shift, panel)?,
-            error2: part(&bounds.error2, panel)?,
-            norm2: part(&bounds.norm2, panel)?,
-            bias: part(&bounds.bias, panel)?,
-            floor: part(floor, panel)?,
         })
     }
 }
@@ -44,7 +43,7 @@ impl<'a> PanelBounds<'a> {
 #[inline]
 pub(super) fn add_passing(
     sums: &[i32; PANEL],
-    panel: &PanelBounds<'_>,
+    panel: &PanelBounds,
     row: &RowBound,
     bound: f32,
     list: &mut List,
@@ -81,7 +80,7 @@ pub(super) fn add_passing(
 /// The truth (`FLOATS`: the sums are the bits of f32); the twins may differ in the last bits of a score, which the margins allow for.
 fn scalar<const FLOATS: bool>(
     sums: &[i32; PANEL],
-    panel: &PanelBounds<'_>,
+    panel: &PanelBounds,
     row: &RowBound,
     bound: f32,
     list: &mut List,
@@ -123,7 +122,7 @@ mod x86 {
     #[target_feature(enable = "avx512f")]
     pub(super) fn avx512<const FLOATS: bool>(
         sums: &[i32; PANEL],
-        panel: &PanelBounds<'_>,
+        panel: &PanelBounds,
         row: &RowBound,
         bound: f32,
         list: &mut List,
@@ -182,7 +181,7 @@ mod x86 {
     #[target_feature(enable = "avx2,fma")]
     pub(super) fn avx2<const FLOATS: bool>(
         sums: &[i32; PANEL],
-        panel: &PanelBounds<'_>,
+        panel: &PanelBounds,
         row: &RowBound,
         bound: f32,
         list: &mut List,
@@ -240,12 +239,12 @@ mod tests {
         floor[6] = 9.0;
         let panel = PanelBounds {
             first: 64,
-            scale: &scale,
-            shift: &shift,
-            error2: &error2,
-            norm2: &norm2,
-            bias: &bias,
-            floor: &floor,
+            scale,
+            shift,
+            error2,
+            norm2,
+            bias,
+            floor,
         };
         let row = RowBound {
             scale: 1.0,

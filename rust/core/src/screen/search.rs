@@ -13,6 +13,7 @@ use super::scan::{add_passing, PanelBounds};
 use super::spread::Spread;
 use super::weights::Weights;
 use super::Shape;
+use crate::lines::Lines;
 use crate::rows::{map_ranges_mut, Matrix};
 use crate::select::Options;
 use crate::simd::Element;
@@ -164,7 +165,8 @@ impl Search<'_> {
             )));
         };
         let mut lists = vec![List::default(); bounds.len()];
-        let mut blocks: Vec<Block> = vec![[0; PANEL * PANEL]; bounds.len().div_ceil(PANEL)];
+        let mut blocks = Lines::new(0_i32, bounds.len().div_ceil(PANEL) * PANEL * PANEL);
+        let blocks: &mut [Block] = blocks.as_chunks_mut().0;
         let mut scan = Scan {
             search: self,
             bounds,
@@ -212,7 +214,7 @@ impl Search<'_> {
                     session.multiply(x, left, w, count, block, start == 0);
                 }
             }
-            scan.panel(panel, &blocks, &mut lists);
+            scan.panel(panel, blocks, &mut lists);
         }
         Ok(lists)
     }

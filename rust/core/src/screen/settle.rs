@@ -8,8 +8,8 @@ use super::certificate::FeatureBounds;
 use super::dot::BLOCK;
 use crate::simd::{two_sum, Element};
 
-/// Roundings of a sum on the way to it: 16 of a lane, 4 of lanes, one a block, and some to spare.
-const ROUNDINGS: usize = 32;
+/// Roundings of a sum on the way to it: 64 of a lane, 4 of lanes, one a block, and some to spare.
+const ROUNDINGS: usize = 80;
 
 /// What tells how far a row's sums may be off.
 #[derive(Clone, Copy)]
