@@ -3,9 +3,8 @@
 use super::histogram::BINS;
 use super::kept::Kept;
 use super::samples::MAX_PER_BIN;
-use super::scan::Scan;
+use super::scan::{Scan, Walker};
 use super::stage::LINE;
-use crate::simd::Simd;
 use crate::{Error, Result};
 
 /// The largest n: far beyond any display, small enough to keep sizes in range.
@@ -15,7 +14,7 @@ const MAX_N: usize = 65_535;
 ///
 /// Memory: `d_sae * (12 n + 8 BINS + 24)` bytes and `16 samples + 5` for each bin of a feature
 /// that has been active, however many rows are added; up to as much again while a large batch is
-/// added, which must be all or nothing; and for each thread that adds `64 d_sae` bytes and 2 KB of
+/// added, which must be all or nothing; and for each thread that adds `128 d_sae` bytes and 8 KB of
 /// activations put aside for every 128 features.
 #[derive(Debug)]
 pub struct Accumulator {
@@ -26,6 +25,8 @@ pub struct Accumulator {
     scans: Vec<Scan>,
     /// Whether `scans` have counted what is not yet in the rest.
     unsettled: bool,
+    /// How scans count, if it isn't the way that is fastest here.
+    pub(super) walker: Option<Walker>,
 }
 
 /// What to keep.
@@ -73,6 +74,7 @@ impl Accumulator {
             scanned: 0,
             scans: Vec::new(),
             unsettled: false,
+            walker: None,
         })
     }
 
@@ -145,7 +147,8 @@ impl Accumulator {
         found
     }
 
-    /// As many scans as threads, for work that may fail: they are taken out, and only
+    /// As many scans as threads, for work that may fail: they are taken out (and should learn what
+    /// is [kept](Self::kept)), and only
     /// [`Accumulator::put_back`] makes what they count a part of this. `base` is the first bin of
     /// their window.
     pub(super) fn take_scans(
@@ -173,7 +176,11 @@ impl Accumulator {
         &mut self,
         base: impl FnOnce() -> usize,
     ) -> Result<(Option<&mut Scan>, &Kept)> {
+        let fresh = self.scans.is_empty();
         self.make_scans(1, base)?;
+        if let (true, Some(scan)) = (fresh, self.scans.first_mut()) {
+            scan.learn(&self.kept);
+        }
         self.unsettled = true;
         Ok((self.scans.first_mut(), &self.kept))
     }
@@ -188,13 +195,13 @@ impl Accumulator {
             return Ok(());
         }
         self.settle();
-        let simd = Simd::active()?;
+        let walker = self.walker.map_or_else(Walker::active, Ok)?;
         let base = match self.scans.first() {
             Some(scan) => scan.base(),
             None => base(),
         };
         while self.scans.len() < threads {
-            self.scans.push(Scan::new(simd, &mut self.kept, base));
+            self.scans.push(Scan::new(walker, &self.kept, base));
         }
         Ok(())
     }
@@ -203,7 +210,8 @@ impl Accumulator {
     pub(super) fn settle(&mut self) {
         if self.unsettled {
             for scan in &mut self.scans {
-                scan.settle(&self.kept);
+                // What it has counted was checked before.
+                let _ = scan.settle(&self.kept);
             }
             self.unsettled = false;
         }

@@ -7,7 +7,7 @@ use super::accumulator::Accumulator;
 use super::codes::{CodesView, Seen};
 use super::histogram::{bin_of, BINS};
 use super::kept::Kept;
-use super::scan::Scan;
+use super::scan::{changed, Scan};
 use super::shards::{OpenShards, ShardFile};
 use super::stage::WINDOW;
 use crate::shard::Values;
@@ -79,8 +79,14 @@ pub(super) fn collect_on(
         .flat_map(|(part, view)| cut(part, view.rows()))
         .collect();
     let base = || views.iter().map(usual_bins).max().unwrap_or_default().1;
-    run(accumulator, &units, threads, base, |scan, kept, unit| {
+    let scan_unit = |scan: &mut Scan, kept: &Kept, unit: &Unit| {
         scan.add(&views[unit.part], unit.rows.clone(), kept, cancel)
+    };
+    let d_sae = accumulator.d_sae();
+    run(accumulator, &units, threads, base, scan_unit, |unit| {
+        let view = &views[unit.part];
+        view.check(unit.rows.clone(), &mut Seen::new(d_sae))
+            .map(drop)
     })
 }
 
@@ -111,7 +117,7 @@ pub fn collect_shards(
         }
     };
     let threads = threads.clamp(1, units.len().max(1));
-    run(accumulator, &units, threads, base, |scan, kept, unit| {
+    let scan_unit = |scan: &mut Scan, kept: &Kept, unit: &Unit| {
         cancel.check()?;
         let shard = shards.get(unit.part)?;
         shards.fetch(unit.part + 1);
@@ -119,6 +125,13 @@ pub fn collect_shards(
         scan.add(&view, unit.rows.clone(), kept, cancel)?;
         shards.done(unit.part);
         Ok(())
+    };
+    let d_sae = accumulator.d_sae();
+    run(accumulator, &units, threads, base, scan_unit, |unit| {
+        let shard = shards.get(unit.part)?;
+        let view = CodesView::of_shard(&shard, files[unit.part].first_row)?;
+        view.check(unit.rows.clone(), &mut Seen::new(d_sae))
+            .map(drop)
     })
 }
 
@@ -145,12 +158,15 @@ fn run(
     threads: usize,
     base: impl FnOnce() -> usize,
     scan_unit: impl Fn(&mut Scan, &Kept, &Unit) -> Result<()> + Sync,
+    check_unit: impl Fn(&Unit) -> Result<()> + Sync,
 ) -> Result<()> {
     let mut scans = accumulator.take_scans(threads, base)?;
     // Apart from what was there before, which an error leaves as it was.
     let kept = Kept::new(accumulator.d_sae(), accumulator.keep());
     let next = AtomicUsize::new(0);
+    let before = &accumulator.kept;
     let work = |scan: &mut Scan| -> Result<()> {
+        scan.learn(before);
         while let Some(unit) = units.get(next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(error) = scan_unit(scan, &kept, unit) {
                 // The others need not finish what will be thrown away.
@@ -158,8 +174,12 @@ fn run(
                 return Err(error);
             }
         }
-        scan.settle(&kept);
-        Ok(())
+        if scan.settle(&kept) {
+            return Ok(());
+        }
+        // Which row it was, in words.
+        units.iter().try_for_each(&check_unit)?;
+        Err(changed())
     };
     let results: Vec<Result<()>> = std::thread::scope(|scope| {
         let work = &work;

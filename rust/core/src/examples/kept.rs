@@ -10,7 +10,6 @@ use super::heap::TopHeaps;
 use super::histogram::{bin_of, BINS};
 use super::samples::Samples;
 use super::sum;
-use crate::simd::fetch;
 
 /// Features of a block: as many as leave what is kept of them in a core's second cache.
 pub(super) const BLOCK: usize = 128;
@@ -66,21 +65,6 @@ impl Entry {
         }
     }
 
-    /// `times` activations of the bin of a strength, which is not added up.
-    pub fn counts(feature: usize, strength: f32, times: u16) -> Self {
-        Self {
-            what: (feature % BLOCK) as u32,
-            strength,
-            row: i64::from(times),
-        }
-    }
-
-    /// Made by [`Entry::counts`].
-    #[inline]
-    fn is_count(&self) -> bool {
-        self.what < Self::COUNT
-    }
-
     /// It may enter the heap.
     #[inline]
     pub fn is_strong(&self) -> bool {
@@ -120,10 +104,6 @@ impl Block {
     #[inline]
     pub fn add(&mut self, entry: &Entry) {
         let (feature, cell) = (entry.feature(), entry.cell());
-        if entry.is_count() {
-            self.histogram[cell] += entry.row as u64;
-            return;
-        }
         if entry.what & Entry::COUNT != 0 {
             self.histogram[cell] += 1;
             self.sums[feature] = sum::add(self.sums[feature], entry.strength);
@@ -148,9 +128,6 @@ impl Block {
     /// Has the CPU fetch what [`Block::add`] looks at first.
     #[inline]
     pub fn fetch(&self, entry: &Entry) {
-        if entry.is_count() {
-            fetch(&self.histogram, entry.cell());
-        }
         if entry.is_strong() {
             self.heaps.fetch(entry.feature());
         }

@@ -1,74 +1,148 @@
 //! What a thread counts of each feature, and what an activation must reach to need more than
-//! counting: all in one line of the cache, since features come in no order.
+//! counting: what each activation touches in half a line of the cache, since features come in no
+//! order, the rest in tables that few look at.
 
 use std::ops::Range;
 
 use super::histogram::BINS;
-use super::kept::{Block, Entry, Kept, BLOCK};
-use super::stage::{Layout, CELL, FIRST, LINE, OUTSIDE, WINDOW};
+use super::kept::{Block, Entry, Kept};
+use super::stage::{Layout, FIRST, LINE, OUTSIDE, STAMP_SHIFT, SUM, WINDOW};
 
-/// The level of a cell that has no sample. Rows have an earliness of 0 then.
+/// The level of a bin that has no sample. Rows have an earliness of 0 then.
 const NEVER: u8 = u8::MAX;
+/// Levels from which a bin is of classes 1, 2 and 3: only one row of 16, 64 or 256 is as early.
+const CLASSES: [u8; 3] = [8 * 4, 8 * 6, 8 * 8];
+/// Bits of a class.
+pub(super) const CLASS_BITS: u32 = 2;
 
-/// A bin of a feature.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct Cell {
-    /// Its activations since it was settled or last wrapped to 0.
-    pub count: u8,
-    /// How early a row must be to enter its sample; 0 while that has room.
-    pub level: u8,
+/// The class of a level, or of how early a row is: a row may enter only samples of its class and
+/// lower ones.
+#[inline]
+pub(super) fn class_of(level: u8) -> u8 {
+    CLASSES.iter().map(|&from| u8::from(level >= from)).sum()
 }
 
 /// A feature.
 #[derive(Debug, Clone, Copy)]
-#[repr(C, align(64))]
+#[repr(C, align(32))]
 pub(super) struct Line {
-    /// In the upper 48 bits the strengths of what was counted inside the window (see
-    /// [`Layout::fixed`]); in the lower 16 the row (counted by the scan) that showed the feature
-    /// last. One store for both: stores are what bounds the loop.
+    /// In the bits of [`SUM`] the strengths of what was counted inside the window (see
+    /// [`Layout::fixed`]); above them the row (counted by the scan) that showed the feature last.
     pub sum: u64,
-    /// The bits of what a strength must reach to enter the heap; 0 while that has room.
-    pub floor: u32,
-    /// Bins `base..base + WINDOW`.
-    cells: [Cell; WINDOW],
-    /// Takes the place of all other bins. Its level stays 0 and its count means nothing, as each of
-    /// its activations is looked at.
-    outside: Cell,
+    /// The activations of bins `base..base + WINDOW` since they were settled or last wrapped to 0.
+    counts: [u8; LIMITS - FIRST],
+    /// The last two counts; the bins' classes; the heap's floor in 12 bits. Rounded down both, so
+    /// that they let more pass than must be looked at; their precise twins are kept apart.
+    limits: [u8; 8],
 }
+
+/// Bins above the window, for the tail of the strengths: two octaves.
+const ABOVE: usize = 8;
+/// Neighbouring bins of which a thread knows how early rows must be.
+const REACH: usize = WINDOW + ABOVE;
+
+/// What decides, of a feature, whether an activation that its line lets pass is put aside.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(32))]
+struct Limits {
+    /// The bits of what a strength must reach to enter the heap; 0 while that has room.
+    floor: u32,
+    /// How early a row must be to enter the sample of a bin; 0 while that has room.
+    levels: [u8; REACH],
+}
+
+/// What is counted of a feature now and then.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+struct Rest {
+    /// The strengths above the window, in the units of the lines.
+    sum: u64,
+    /// How often the counts of the window's bins have wrapped.
+    wraps: [u16; WINDOW],
+    /// The activations of the bins above it.
+    above: [u16; ABOVE],
+}
+
+/// Where in a line [`Line::limits`] are.
+pub(super) const LIMITS: usize = LINE - 8;
+/// Where in the limits the classes begin.
+pub(super) const CLASS_SHIFT: u32 = 8 * (OUTSIDE - LIMITS) as u32;
+/// Where in the limits the floor begins.
+pub(super) const FLOOR_SHIFT: u32 = 64 - 12;
 
 const _: () = assert!(
     size_of::<Line>() == LINE
-        && size_of::<Cell>() == CELL
-        && std::mem::offset_of!(Line, cells) == FIRST
-        && std::mem::offset_of!(Line, outside) == OUTSIDE
+        && std::mem::offset_of!(Line, counts) == FIRST
+        && std::mem::offset_of!(Line, limits) == LIMITS
+        && CLASS_SHIFT + CLASS_BITS * WINDOW as u32 <= FLOOR_SHIFT
 );
+
+impl Rest {
+    /// Whether 2^16 rows more could be too much for a number.
+    fn is_large(&self) -> bool {
+        let wraps = self.wraps.iter().fold(0, |all, wraps| all | wraps);
+        wraps >= 1 << 15 || self.sum >= 1 << 62
+    }
+}
+
+impl Line {
+    /// See [`Line::limits`].
+    #[inline]
+    pub fn limits(&self) -> u64 {
+        u64::from_le_bytes(self.limits)
+    }
+
+    /// Replaces as many bits of the limits.
+    #[inline]
+    fn limit(&mut self, shift: u32, bits: u32, value: u64) {
+        let mask = ((1 << bits) - 1) << shift;
+        self.limits = (self.limits() & !mask | value << shift).to_le_bytes();
+    }
+}
 
 /// All features.
 #[derive(Debug, Clone)]
 pub(super) struct Lines {
     layout: Layout,
     lines: Vec<Line>,
+    limits: Vec<Limits>,
+    rest: Vec<Rest>,
 }
 
 impl Lines {
     /// Nothing is counted, and everything that may be kept is asked for.
     pub fn new(d_sae: usize, samples: bool, layout: Layout) -> Self {
         let level = if samples { 0 } else { NEVER };
-        let line = Line {
+        let mut line = Line {
             sum: 0,
-            floor: 0,
-            cells: [Cell { count: 0, level }; WINDOW],
-            outside: Cell { count: 0, level: 0 },
+            counts: [0; LIMITS - FIRST],
+            limits: [0; 8],
         };
+        for bin in 0..WINDOW as u32 {
+            let class = u64::from(class_of(level));
+            line.limit(CLASS_SHIFT + CLASS_BITS * bin, CLASS_BITS, class);
+        }
         Self {
             layout,
             lines: vec![line; d_sae],
+            limits: vec![
+                Limits {
+                    floor: 0,
+                    levels: [level; REACH],
+                };
+                d_sae
+            ],
+            rest: vec![Rest::default(); d_sae],
         }
     }
 
     pub fn layout(&self) -> Layout {
         self.layout
+    }
+
+    /// How many features.
+    pub fn len(&self) -> usize {
+        self.lines.len()
     }
 
     pub fn get_mut(&mut self, feature: usize) -> Option<&mut Line> {
@@ -79,10 +153,43 @@ impl Lines {
         self.lines.as_mut_ptr()
     }
 
-    /// Has the CPU fetch a feature's line.
+    /// Has the CPU fetch what changes when more is learnt of a feature.
     #[inline]
     pub fn fetch(&self, feature: usize) {
         crate::simd::fetch(&self.lines, feature);
+        crate::simd::fetch(&self.limits, feature);
+    }
+
+    /// Has the CPU fetch what [`Lines::look`] looks at.
+    #[inline]
+    pub fn fetch_limits(&self, place: usize, wrapped: bool) {
+        let feature = place / LINE;
+        crate::simd::fetch(&self.limits, feature);
+        if wrapped || place % LINE == OUTSIDE {
+            crate::simd::fetch(&self.rest, feature);
+        }
+    }
+
+    /// Looks closer at an activation: whether it may enter the heap, and whether it may enter its
+    /// bin's sample. What is above the window is counted now. None if that can't be.
+    #[inline]
+    pub fn look(&mut self, place: usize, bits: u32, earliness: u8) -> Option<(bool, bool)> {
+        let (feature, mut bin) = (place / LINE, place % LINE - FIRST);
+        if bin == WINDOW {
+            bin = self.layout.bin_above(bits).filter(|&bin| bin < REACH)?;
+            let rest = &mut self.rest[feature];
+            let count = &mut rest.above[bin - WINDOW];
+            *count = count.checked_add(1)?;
+            rest.sum += self.layout.term_above(bits);
+        }
+        let limits = &self.limits[feature];
+        Some((bits >= limits.floor, earliness >= limits.levels[bin]))
+    }
+
+    /// A count of the window has wrapped to 0.
+    #[inline]
+    pub fn wrap(&mut self, place: usize) {
+        self.rest[place / LINE].wraps[place % LINE - FIRST] += 1;
     }
 
     /// Raises what an entry's like must reach; `kept` has it now, of a block whose first feature is
@@ -98,50 +205,95 @@ impl Lines {
     }
 
     /// Learns what is kept, in whole.
-    pub fn learn(&mut self, kept: &mut Kept) {
-        for (number, block) in kept.each().enumerate() {
-            let first = number * BLOCK;
+    pub fn learn(&mut self, kept: &Kept) {
+        for block in 0..kept.blocks() {
+            let first = kept.features(block).start;
+            let block = kept.lock(block);
             for feature in 0..block.sums.len() {
-                self.learn_floor(first, block, feature);
+                self.learn_floor(first, &block, feature);
             }
             for &cell in block.samples.cells() {
-                self.learn_level(first, block, cell as usize);
+                self.learn_level(first, &block, cell as usize);
             }
         }
     }
 
     #[inline]
     fn learn_level(&mut self, first: usize, kept: &Block, cell: usize) {
-        let inside = (cell % BINS).wrapping_sub(self.layout.base());
-        if inside < WINDOW {
-            // What is kept of this pass alone may ask less than what was known before it.
-            let known = &mut self.lines[first + cell / BINS].cells[inside].level;
-            *known = kept.samples.level(cell).max(*known);
+        let bin = (cell % BINS).wrapping_sub(self.layout.base());
+        if bin >= REACH {
+            return;
+        }
+        let feature = first + cell / BINS;
+        // What is kept of this pass alone may ask less than what was known before it.
+        let known = &mut self.limits[feature].levels[bin];
+        let level = kept.samples.level(cell);
+        if level > *known {
+            *known = level;
+            if bin >= WINDOW {
+                return;
+            }
+            let shift = CLASS_SHIFT + CLASS_BITS * bin as u32;
+            self.lines[feature].limit(shift, CLASS_BITS, class_of(level).into());
         }
     }
 
     #[inline]
     fn learn_floor(&mut self, first: usize, kept: &Block, feature: usize) {
         // Strengths aren't negative, so their bits order as they do.
-        let known = &mut self.lines[first + feature].floor;
-        *known = kept.heaps.floor(feature).to_bits().max(*known);
+        let floor = kept.heaps.floor(feature).to_bits();
+        let known = &mut self.limits[first + feature].floor;
+        if floor > *known {
+            *known = floor;
+            let coarse = u64::from(self.layout.coarse_floor(floor));
+            self.lines[first + feature].limit(FLOOR_SHIFT, 12, coarse);
+        }
     }
 
-    /// Adds the sums of a block's features to what is kept of it, and forgets rows.
-    pub fn settle_sums(&mut self, features: Range<usize>, kept: &mut Block) {
-        for (line, sum) in self.lines[features].iter_mut().zip(&mut kept.sums) {
-            let fixed = self.layout.fixed(std::mem::take(&mut line.sum));
-            *sum = sum.saturating_add(fixed);
+    /// Adds the sums of a block's features to what is kept of it, and forgets rows. Returns what was
+    /// added, in the units of the lines.
+    pub fn settle_sums(&mut self, features: Range<usize>, kept: &mut Block) -> u64 {
+        let mut all = 0_u64;
+        for (at, feature) in features.enumerate() {
+            let added = std::mem::take(&mut self.lines[feature].sum) & SUM;
+            all = all.wrapping_add(added);
+            kept.sums[at] = kept.sums[at].saturating_add(self.layout.fixed(added.into()));
+            if self.rest[feature].is_large() {
+                self.settle_rest(feature, at, kept);
+            }
         }
+        all
     }
 
     /// Adds the counts of a block's features to what is kept of it.
     pub fn settle_counts(&mut self, features: Range<usize>, kept: &mut Block) {
-        let histograms = kept.histogram.chunks_exact_mut(BINS);
-        for (line, bins) in self.lines[features].iter_mut().zip(histograms) {
-            for (cell, bin) in line.cells.iter_mut().zip(&mut bins[self.layout.base()..]) {
-                *bin += u64::from(std::mem::take(&mut cell.count));
+        let base = self.layout.base();
+        for (at, feature) in features.enumerate() {
+            let line = &mut self.lines[feature];
+            let bins = &mut kept.histogram[at * BINS + base..][..WINDOW];
+            let counts = line.counts.iter_mut().chain(&mut line.limits);
+            for (bin, count) in bins.iter_mut().zip(counts) {
+                *bin += u64::from(std::mem::take(count));
             }
+            self.settle_rest(feature, at, kept);
         }
     }
+
+    /// Adds what is counted of a feature besides its line to what is kept of it, at `at`.
+    fn settle_rest(&mut self, feature: usize, at: usize, kept: &mut Block) {
+        let rest = std::mem::take(&mut self.rest[feature]);
+        kept.sums[at] = kept.sums[at].saturating_add(self.layout.fixed(rest.sum.into()));
+        let wraps = rest.wraps.map(|wraps| u64::from(wraps) << u8::BITS);
+        let counts = wraps.into_iter().chain(rest.above.map(u64::from));
+        let bins = &mut kept.histogram[at * BINS + self.layout.base()..(at + 1) * BINS];
+        for (bin, count) in bins.iter_mut().zip(counts) {
+            *bin += count;
+        }
+    }
+}
+
+/// The stamp of a row, where a line's first word has it.
+#[inline]
+pub(super) fn stamped(stamp: u16) -> u64 {
+    u64::from(stamp) << STAMP_SHIFT
 }

@@ -15,8 +15,11 @@ pub mod histogram;
 mod kept;
 mod lines;
 pub mod merge;
+mod queue;
 pub mod samples;
 mod scan;
+#[cfg(target_arch = "x86_64")]
+mod scatter;
 mod shards;
 mod stage;
 pub mod sum;

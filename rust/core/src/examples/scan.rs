@@ -1,20 +1,19 @@
 //! One thread's part of a pass: what it has counted since it was last settled, and what it puts
-//! aside until there is enough of it. An ordinary activation touches one line of the cache and takes
-//! some twenty instructions.
+//! aside until there is enough of it. An ordinary activation touches half a line of the cache.
 
 use std::ops::Range;
 
 use super::codes::{CodesView, Index, Seen, Value};
 use super::kept::{Entry, Kept, BLOCK};
-use super::lines::{Cell, Line, Lines};
+use super::lines::{class_of, stamped, Lines, CLASS_BITS, CLASS_SHIFT, FLOOR_SHIFT};
+use super::queue::{Queue, AT_ONCE, WRAPPED};
 use super::samples::Ranking;
-use super::stage::{Layout, Staged, BEYOND, CHUNK, FIRST, LINE, OUTSIDE, SUM_TERMS};
+#[cfg(target_arch = "x86_64")]
+use super::scatter::{Scatter, Stop, WIDTH};
+use super::stage::{Layout, Staged, BEYOND, CHUNK, FIRST, LINE, OUTSIDE, SUM, SUM_TERMS};
 use crate::shard::{Indices, Values};
 use crate::simd::{self, Simd};
 use crate::{Cancel, Error, Result};
-
-/// What a cell has counted when its count wraps to 0.
-const WRAP: u16 = 1 << 8;
 
 /// Entries that a thread collects for a block before it adds them: enough that their number pays
 /// for bringing the block into the cache, and few enough that what is kept rises soon.
@@ -22,71 +21,125 @@ const LOG: usize = 512;
 /// How many entries ahead of the one that is added the CPU is told to fetch what it needs, and twice
 /// as many where that lies.
 const AHEAD: usize = 12;
+/// Rows that are scanned at a time.
+const ROWS: usize = 1024;
 
 /// What a thread counts, and puts aside until it is added to what is kept. What an activation must
 /// reach to be put aside rises with what is kept, a little later than that: what is kept decides.
 #[derive(Debug, Clone)]
 pub(super) struct Scan {
-    simd: Simd,
+    walker: Walker,
     d_sae: usize,
     ranking: Ranking,
     /// Whether rows are sampled.
     samples: bool,
+    /// Of the last row.
     stamp: u16,
     lines: Lines,
+    /// What the lines' sums must add up to.
+    added: u64,
+    /// Whether they did so far.
+    sound: bool,
     /// `[blocks]`.
     logs: Vec<Vec<Entry>>,
-    staged: Box<Staged>,
-    /// Activations that need more than counting.
-    queue: Vec<Noted>,
+    staged: Option<Box<Staged>>,
+    /// Of the rows that are being scanned.
+    earliness: Vec<u8>,
+    queue: Queue,
 }
 
-/// A staged code that has been counted and needs more.
+/// How codes are counted.
 #[derive(Debug, Clone, Copy)]
-struct Noted {
-    place: u32,
-    bits: u32,
-    row: i64,
-    /// It may enter the heap.
-    strong: bool,
-    /// It may enter its bin's sample.
-    early: bool,
-    /// Its cell has wrapped.
-    wrapped: bool,
+pub(super) enum Walker {
+    /// One at a time, staged before.
+    Staged(Simd),
+    #[cfg(target_arch = "x86_64")]
+    /// By vectors.
+    Scattered(Scatter),
 }
 
-/// The row that is being scanned.
-#[derive(Clone, Copy)]
-struct Row {
-    id: i64,
-    stamp: u16,
-    /// Of the row's rank; 0 if no rows are sampled.
-    earliness: u8,
+impl Walker {
+    /// The fastest of this CPU, unless someone has chosen another instruction set.
+    pub fn active() -> Result<Self> {
+        let simd = Simd::active()?;
+        #[cfg(target_arch = "x86_64")]
+        if let (simd::Level::Avx512, Some(scatter)) = (simd.level(), Scatter::fast()) {
+            return Ok(Self::Scattered(scatter));
+        }
+        Ok(Self::Staged(simd))
+    }
+
+    /// All that this CPU can do.
+    #[cfg(test)]
+    pub fn all() -> Vec<Self> {
+        let levels = simd::Level::ALL.into_iter().filter_map(Simd::new);
+        let staged = levels.map(Self::Staged);
+        #[cfg(target_arch = "x86_64")]
+        let staged = staged.chain(Scatter::possible().map(Self::Scattered));
+        staged.collect()
+    }
+}
+
+/// Some rows and their codes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Batch<'a, V, I> {
+    pub values: &'a [V],
+    pub indices: &'a [I],
+    /// One more than rows; they rise, and lie within values and indices.
+    pub offsets: &'a [i64],
+    /// Of each row.
+    pub earliness: &'a [u8],
+    /// Of the first row; those of the others follow.
+    pub stamp: u16,
+    /// The id of the first row.
+    pub first_row: i64,
+}
+
+/// How far a batch is done.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Cursor {
+    /// Counted from the batch's first.
+    pub row: usize,
+    /// The next code.
+    pub at: usize,
+}
+
+/// What is wrong with codes of which something was refused that is not there when looked for.
+pub(super) fn changed() -> Error {
+    let words = "codes changed while they were read; collect the examples again";
+    Error::InvalidArgument(words.to_owned())
 }
 
 impl Scan {
     /// Has counted nothing. `base` is the window's first bin.
-    pub fn new(simd: Simd, kept: &mut Kept, base: usize) -> Self {
+    pub fn new(walker: Walker, kept: &Kept, base: usize) -> Self {
         let (d_sae, keep) = (kept.d_sae(), kept.keep());
         let samples = keep.samples > 0;
-        let mut lines = Lines::new(d_sae, samples, Layout::new(base));
-        lines.learn(kept);
+        let lines = Lines::new(d_sae, samples, Layout::new(base));
         Self {
-            simd,
+            walker,
             d_sae,
             ranking: Ranking { seed: keep.seed },
             samples,
             stamp: 0,
             lines,
+            added: 0,
+            sound: true,
             logs: vec![Vec::new(); kept.blocks()],
-            staged: Box::new(Staged::new()),
-            queue: Vec::with_capacity(CHUNK),
+            staged: None,
+            earliness: Vec::with_capacity(ROWS),
+            queue: Queue::new(),
         }
     }
 
     /// The window's first bin.
     pub fn base(&self) -> usize {
         self.lines.layout().base()
+    }
+
+    /// Learns what an activation must reach to enter what is kept.
+    pub fn learn(&mut self, kept: &Kept) {
+        self.lines.learn(kept);
     }
 
     /// Checks and adds `rows`; what must be kept goes to `kept`, now or when the scan is settled.
@@ -111,112 +164,176 @@ impl Scan {
         }
         // Which one it is, in words.
         codes.check(rows.1.clone(), &mut Seen::new(self.d_sae))?;
-        Err(Error::InvalidArgument(
-            "codes changed while they were read; collect the examples again".to_owned(),
-        ))
+        Err(changed())
     }
 
     /// [`Scan::add`] once the offsets of the rows are known to rise within the span. False if some
     /// code must be refused.
     fn walk<V: Value, I: Index>(
         &mut self,
-        (codes, rows, span): (&CodesView<'_>, &Range<usize>, Range<usize>),
+        (codes, rows, _): (&CodesView<'_>, &Range<usize>, Range<usize>),
         values: &[V],
         indices: &[I],
         kept: &Kept,
         cancel: &Cancel,
     ) -> Result<bool> {
-        let offsets = codes.row_offsets();
-        // The row before the first; its end is where the first begins.
-        let (mut next, mut end) = (rows.start, span.start);
-        let mut row = self.next_row(0, kept);
-        for start in span.clone().step_by(CHUNK) {
+        for start in rows.clone().step_by(ROWS) {
             cancel.check()?;
-            let stop = span.end.min(start + CHUNK);
-            let (v, i) = (&values[start..stop], &indices[start..stop]);
-            let layout = self.lines.layout();
-            let ordinary = self.staged.fill(self.simd, v, i, self.d_sae, layout);
-            let mut at = start;
-            while at < stop {
-                while end <= at {
-                    end = offsets[next + 1] as usize;
-                    row = self.next_row(codes.row_id(next), kept);
-                    next += 1;
-                }
-                let to = end.min(stop);
-                let part = at - start..to - start;
-                let sound = if ordinary {
-                    self.count(row, part)
-                } else {
-                    self.count_any(row, &v[part.clone()], &i[part], kept)
-                };
-                if !sound {
-                    return Ok(false);
-                }
-                at = to;
+            let end = rows.end.min(start + ROWS);
+            if usize::from(u16::MAX - self.stamp) < end - start {
+                // A feature is active once a row, so its sum has lost nothing.
+                const { assert!(SUM_TERMS > u16::MAX as usize) };
+                self.settle_sums(kept);
             }
-            self.work_off(kept);
+            let mut earliness = std::mem::take(&mut self.earliness);
+            earliness.clear();
+            let ids = (start..end).map(|row| codes.row_id(row));
+            match self.samples {
+                true => earliness.extend(ids.map(|id| Ranking::earliness(self.ranking.rank(id)))),
+                false => earliness.resize(end - start, 0),
+            }
+            let batch = Batch {
+                values,
+                indices,
+                offsets: &codes.row_offsets()[start..=end],
+                earliness: &earliness,
+                stamp: self.stamp + 1,
+                first_row: codes.row_id(start),
+            };
+            let sound = self.count_batch(&batch, kept);
+            self.work_off(&batch, kept);
+            self.stamp += (end - start) as u16;
+            self.earliness = earliness;
+            if !sound {
+                return Ok(false);
+            }
         }
         Ok(true)
     }
 
-    #[inline]
-    fn next_row(&mut self, id: i64, kept: &Kept) -> Row {
-        if self.stamp == u16::MAX {
-            // A feature is active once a row, so its sum has lost nothing.
-            const { assert!(SUM_TERMS > u16::MAX as usize) };
-            self.settle_sums(kept);
-        }
-        self.stamp += 1;
-        Row {
-            id,
-            stamp: self.stamp,
-            earliness: match self.samples {
-                true => Ranking::earliness(self.ranking.rank(id)),
-                false => 0,
+    /// Counts a batch. False if some code must be refused.
+    fn count_batch<V: Value, I: Index>(&mut self, batch: &Batch<'_, V, I>, kept: &Kept) -> bool {
+        let mut cursor = Cursor {
+            row: 0,
+            at: batch.offsets[0] as usize,
+        };
+        match self.walker {
+            Walker::Staged(simd) => {
+                let mut staged = self
+                    .staged
+                    .take()
+                    .unwrap_or_else(|| Box::new(Staged::new()));
+                let sound = self.count_staged(batch, &mut cursor, simd, &mut staged, kept);
+                self.staged = Some(staged);
+                sound
+            }
+            #[cfg(target_arch = "x86_64")]
+            Walker::Scattered(scatter) => loop {
+                let (lines, queue) = (&mut self.lines, &mut self.queue);
+                match scatter.scan(lines, batch, &mut cursor, queue, &mut self.added) {
+                    Stop::End => return true,
+                    Stop::Full => self.work_off(batch, kept),
+                    Stop::Twice => return false,
+                    Stop::Unusual => {
+                        let end = batch.offsets[cursor.row + 1] as usize;
+                        let part = cursor.at..end.min(cursor.at + WIDTH);
+                        if !self.count_any(batch, cursor.row, part.clone(), kept) {
+                            return false;
+                        }
+                        cursor.at = part.end;
+                    }
+                }
             },
         }
+    }
+
+    /// Counts a batch one code at a time. False if some code must be refused.
+    fn count_staged<V: Value, I: Index>(
+        &mut self,
+        batch: &Batch<'_, V, I>,
+        cursor: &mut Cursor,
+        simd: Simd,
+        staged: &mut Staged,
+        kept: &Kept,
+    ) -> bool {
+        let rows = batch.earliness.len();
+        let span = cursor.at..batch.offsets[rows] as usize;
+        for start in span.clone().step_by(CHUNK) {
+            let stop = span.end.min(start + CHUNK);
+            let (v, i) = (&batch.values[start..stop], &batch.indices[start..stop]);
+            let ordinary = staged.fill(simd, v, i, self.d_sae, self.lines.layout());
+            while cursor.at < stop {
+                let end = batch.offsets[cursor.row + 1] as usize;
+                let part = cursor.at..end.min(stop);
+                let sound = if ordinary {
+                    self.count(
+                        batch,
+                        cursor.row,
+                        staged,
+                        part.start - start..part.end - start,
+                    )
+                } else {
+                    self.count_any(batch, cursor.row, part.clone(), kept)
+                };
+                if !sound {
+                    return false;
+                }
+                cursor.at = part.end;
+                cursor.row += usize::from(end == part.end);
+            }
+            if self.queue.is_full() {
+                self.work_off(batch, kept);
+            }
+        }
+        true
     }
 
     /// Counts codes of a row, which lie at `span` of what is staged. False if one of their features
     /// was active in the row before.
     #[inline(never)]
-    fn count(&mut self, row: Row, span: Range<usize>) -> bool {
+    fn count<V, I>(
+        &mut self,
+        batch: &Batch<'_, V, I>,
+        row: usize,
+        staged: &Staged,
+        span: Range<usize>,
+    ) -> bool {
+        const { assert!(CHUNK <= AT_ONCE) };
+        let layout = self.lines.layout();
+        let class = u64::from(class_of(batch.earliness[row]));
+        let stamp = stamped(batch.stamp + row as u16);
         let lines = self.lines.as_mut_ptr().cast::<u8>();
-        let places = &self.staged.places[span.clone()];
-        let later = &self.staged.places[span.start + BEYOND..span.end + BEYOND];
-        let terms = &self.staged.terms[span.clone()];
-        let bits = &self.staged.bits[span];
+        let places = &staged.places[span.clone()];
+        let later = &staged.places[span.start + BEYOND..span.end + BEYOND];
+        let terms = &staged.terms[span.clone()];
+        let bits = &staged.bits[span];
         for (((&place, &later), &term), &bits) in places.iter().zip(later).zip(terms).zip(bits) {
             simd::fetch_from(lines.wrapping_add(later as usize));
             let at = place as usize;
-            debug_assert!(at / LINE < self.d_sae && at % LINE >= FIRST);
+            debug_assert!(at / LINE < self.d_sae && at % LINE >= FIRST && at % LINE <= OUTSIDE);
             // SAFETY: `Staged::fill` has made places within the lines of features below d_sae, of
-            // which there are as many. The reference is not used once the cell's is made.
-            let line = unsafe { &mut *lines.add(at & !(LINE - 1)).cast::<Line>() };
-            let before = line.sum;
-            if before as u16 == row.stamp {
+            // which there are as many. The reference is not used once the count's is made.
+            let line = unsafe { &mut *lines.add(at & !(LINE - 1)).cast::<super::lines::Line>() };
+            if line.sum & !SUM == stamp {
                 return false;
             }
-            line.sum = (before & !u64::from(u16::MAX)).wrapping_add(term + u64::from(row.stamp));
-            let strong = bits >= line.floor;
-            // SAFETY: places are those of cells (the window's and the one outside) of a line, and
-            // nothing else refers to it now.
-            let cell = unsafe { &mut *lines.add(at).cast::<Cell>() };
-            cell.count = cell.count.wrapping_add(1);
-            let (early, wrapped) = (row.earliness >= cell.level, cell.count == 0);
+            line.sum = (line.sum & SUM | stamp).wrapping_add(term.into());
+            self.added = self.added.wrapping_add(term.into());
+            let limits = line.limits();
+            if at % LINE == OUTSIDE {
+                self.queue.push(place, bits, row as u32);
+                continue;
+            }
+            let bin = (at % LINE - FIRST) as u32;
+            let strong = u64::from(layout.coarse(bits)) >= limits >> FLOOR_SHIFT;
+            let early = limits >> (CLASS_SHIFT + CLASS_BITS * bin) & 3 <= class;
+            // SAFETY: places are those of counts, and nothing else refers to it now.
+            let count = unsafe { &mut *lines.add(at) };
+            *count = count.wrapping_add(1);
+            let wrapped = *count == 0;
             if strong | early | wrapped {
-                note(
-                    &mut self.queue,
-                    Noted {
-                        place,
-                        bits,
-                        row: row.id,
-                        strong,
-                        early,
-                        wrapped,
-                    },
-                );
+                let mark = if wrapped { WRAPPED } else { 0 };
+                self.queue.push(place | mark, bits, row as u32);
             }
         }
         true
@@ -226,12 +343,16 @@ impl Scan {
     #[cold]
     fn count_any<V: Value, I: Index>(
         &mut self,
-        row: Row,
-        values: &[V],
-        indices: &[I],
+        batch: &Batch<'_, V, I>,
+        row: usize,
+        span: Range<usize>,
         kept: &Kept,
     ) -> bool {
-        for (value, index) in values.iter().zip(indices) {
+        let stamp = stamped(batch.stamp + row as u16);
+        for at in span {
+            let (Some(value), Some(index)) = (batch.values.get(at), batch.indices.get(at)) else {
+                return false;
+            };
             let (strength, feature) = (value.strength(), index.feature());
             let Some(line) = self.lines.get_mut(feature) else {
                 return false;
@@ -243,35 +364,44 @@ impl Scan {
             if strength == 0.0 {
                 continue;
             }
-            if line.sum as u16 == row.stamp {
+            if line.sum & !SUM == stamp {
                 return false;
             }
-            line.sum = line.sum & !u64::from(u16::MAX) | u64::from(row.stamp);
-            let entry = Entry::whole(feature, strength, row.id);
+            line.sum = line.sum & SUM | stamp;
+            let entry = Entry::whole(feature, strength, batch.first_row + row as i64);
             self.log(feature, entry, kept);
         }
         true
     }
 
-    /// Does what is queued.
-    fn work_off(&mut self, kept: &Kept) {
+    /// Does what is queued of a batch.
+    fn work_off<V, I>(&mut self, batch: &Batch<'_, V, I>, kept: &Kept) {
         let mut queue = std::mem::take(&mut self.queue);
-        for noted in queue.drain(..) {
-            let (place, strength) = (noted.place as usize, f32::from_bits(noted.bits));
-            let (feature, row) = (place / LINE, noted.row);
-            if place % LINE == OUTSIDE {
-                self.log(feature, Entry::whole(feature, strength, row), kept);
-                continue;
+        let mut at = 0;
+        while let Some((place, bits, row)) = queue.get(at) {
+            if let Some((later, ..)) = queue.get(at + 2 * AHEAD) {
+                let wrapped = later & WRAPPED != 0;
+                self.lines
+                    .fetch_limits((later & !WRAPPED) as usize, wrapped);
             }
-            if noted.wrapped {
-                self.log(feature, Entry::counts(feature, strength, WRAP), kept);
+            at += 1;
+            let wrapped = place & WRAPPED != 0;
+            let place = (place & !WRAPPED) as usize;
+            if wrapped {
+                self.lines.wrap(place);
             }
-            if noted.strong || noted.early {
-                let (strong, early) = (noted.strong, noted.early);
-                let entry = Entry::candidate(feature, strength, row, strong, early);
-                self.log(feature, entry, kept);
+            let (feature, strength) = (place / LINE, f32::from_bits(bits));
+            let id = batch.first_row + row as i64;
+            match self.lines.look(place, bits, batch.earliness[row]) {
+                Some((false, false)) => {}
+                Some((strong, early)) => {
+                    let entry = Entry::candidate(feature, strength, id, strong, early);
+                    self.log(feature, entry, kept);
+                }
+                None => self.log(feature, Entry::whole(feature, strength, id), kept),
             }
         }
+        queue.clear();
         self.queue = queue;
     }
 
@@ -308,27 +438,27 @@ impl Scan {
 
     /// Adds the lines' sums to what is kept, and counts rows from 0 again.
     fn settle_sums(&mut self, kept: &Kept) {
+        let mut all = 0_u64;
         for block in 0..kept.blocks() {
             let features = kept.features(block);
-            self.lines.settle_sums(features, &mut kept.lock(block));
+            let more = self.lines.settle_sums(features, &mut kept.lock(block));
+            all = all.wrapping_add(more);
         }
+        self.sound &= all == std::mem::take(&mut self.added);
         self.stamp = 0;
     }
 
-    /// Adds all that was counted and put aside to what is kept, and counts from 0 again.
-    pub fn settle(&mut self, kept: &Kept) {
+    /// Adds all that was counted and put aside to what is kept, and counts from 0 again. False if a
+    /// feature was active twice in some row, so that a part was lost: the scan and `kept` must be
+    /// thrown away.
+    #[must_use]
+    pub fn settle(&mut self, kept: &Kept) -> bool {
         self.settle_sums(kept);
         for block in 0..kept.blocks() {
             self.hand_over(block, kept);
             let features = kept.features(block);
             self.lines.settle_counts(features, &mut kept.lock(block));
         }
+        self.sound
     }
-}
-
-/// Puts aside a code that needs more than counting.
-#[cold]
-#[inline(never)]
-fn note(queue: &mut Vec<Noted>, noted: Noted) {
-    queue.push(noted);
 }

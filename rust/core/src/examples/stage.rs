@@ -1,7 +1,8 @@
 //! What of the scan can be done for many codes at once: checks, bins and fixed-point strengths.
 //!
 //! One loop without branches, which the compiler turns into vector instructions for each
-//! instruction set below; the scalar twin is the same loop for the baseline CPU.
+//! instruction set below; the scalar twin is the same loop for the baseline CPU. (CPUs that scatter
+//! fast need none of it: see [`super::scatter`].)
 
 use super::codes::{Index, Value};
 use super::histogram::{self, BINS};
@@ -12,17 +13,23 @@ pub(super) const CHUNK: usize = 256;
 /// Places beyond those that are staged, which may be looked at and mean nothing.
 pub(super) const BEYOND: usize = 32;
 
-/// The sum is in a line's upper bits.
-pub(super) const SUM_SHIFT: u32 = 16;
-/// So many strengths add up without a carry: each is below 2^24 * 2^6 units, as a window may lie in
-/// seven octaves.
-pub(super) const SUM_TERMS: usize = 1 << (u64::BITS - SUM_SHIFT - 24 - 6);
+/// The sum is in these bits of a line's first word.
+pub(super) const SUM: u64 = (1 << STAMP_SHIFT) - 1;
+/// The row that showed the feature last is in the others.
+pub(super) const STAMP_SHIFT: u32 = 48;
+/// So many strengths add up without a carry: each is below 2^24 * 2^7 units, as a window may lie in
+/// six octaves, and two more are above it.
+pub(super) const SUM_TERMS: usize = 1 << (STAMP_SHIFT - 24 - 7);
 
-const MANTISSA_BITS: i32 = 23;
+pub(super) const MANTISSA_BITS: u32 = 23;
+/// Bits that a strength loses where it is compared in 12 bits.
+pub(super) const COARSE_SHIFT: u32 = MANTISSA_BITS - 9;
+/// The most that 12 bits hold.
+const COARSE_MOST: u32 = (1 << 12) - 1;
 
 /// Where and how the scan counts an activation. Bins `base..base + WINDOW` of feature `f` are at
-/// byte `f * LINE + FIRST` of its memory and after, [`CELL`] bytes each; the cell that follows them
-/// stands for all others.
+/// byte `f * LINE + FIRST` of its memory and after; the place that follows them stands for all
+/// others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     base: u32,
@@ -30,17 +37,16 @@ pub(super) struct Layout {
     lowest: u32,
 }
 
-/// Neighbouring bins that lie in a feature's line: six octaves and a quarter, which hold nearly all
+/// Neighbouring bins that lie in a feature's line: four octaves and a half, which hold nearly all
 /// strengths of a trained SAE.
-pub(super) const WINDOW: usize = 25;
-/// Bytes of a bin's cell.
-pub(super) const CELL: usize = 2;
-/// Bytes of a feature's line: one line of the cache.
-pub(super) const LINE: usize = 64;
+pub(super) const WINDOW: usize = 18;
+/// Bytes of a feature's line: half of one of the cache, so that the second cache holds all lines
+/// of 28,672 features and what streams past them.
+pub(super) const LINE: usize = 32;
 /// Where in a line the window begins.
-pub(super) const FIRST: usize = LINE - (WINDOW + 1) * CELL;
-/// Where in a line the place for all other bins is.
-pub(super) const OUTSIDE: usize = LINE - CELL;
+pub(super) const FIRST: usize = 8;
+/// Where in a line the place for all other bins is. Nothing is counted there.
+pub(super) const OUTSIDE: usize = FIRST + WINDOW;
 
 impl Layout {
     /// A window from bin `base`.
@@ -58,25 +64,23 @@ impl Layout {
         self.base as usize
     }
 
-    /// A mantissa's last bit is 2^-23 of the exponent: the base-2 logarithm of the smallest unit.
-    fn unit(self) -> i32 {
-        self.lowest as i32 - 127 - MANTISSA_BITS
+    /// The biased exponent of the smallest strengths inside.
+    pub fn lowest(self) -> u32 {
+        self.lowest
     }
 
-    /// How many units make 1.
-    fn per_unit(self) -> f64 {
-        f64::from_bits(((1023 - self.unit()) as u64) << (f64::MANTISSA_DIGITS - 1))
+    /// A sum of a line in units of 2^-64 (see [`super::sum`]).
+    pub fn fixed(self, sum: u128) -> u128 {
+        // A mantissa's last bit is 2^-23 of the exponent: that is the smallest unit.
+        let unit = self.lowest as i32 - 127 - MANTISSA_BITS as i32;
+        sum << (64 + unit)
     }
 
-    /// The sum in a line's upper bits in units of 2^-64 (see [`super::sum`]).
-    pub fn fixed(self, line: u64) -> u128 {
-        u128::from(line >> SUM_SHIFT) << (64 + self.unit())
-    }
-
-    /// What a strength inside adds to a line's sum.
+    /// What a strength inside adds to a line's sum, or one that is two octaves above at most.
     #[inline(always)]
-    fn term(self, strength: f32) -> u64 {
-        ((f64::from(strength) * self.per_unit()) as u64) << SUM_SHIFT
+    fn term(self, bits: u32) -> u32 {
+        let mantissa = bits & histogram::MANTISSA | 1 << MANTISSA_BITS;
+        mantissa.wrapping_shl((bits >> MANTISSA_BITS).wrapping_sub(self.lowest))
     }
 
     /// A code's place; whether its bin is inside the window. What is smaller than the first bin or
@@ -87,18 +91,65 @@ impl Layout {
         let inside = bin.wrapping_sub(self.base).min(WINDOW as u32);
         let place = feature
             .wrapping_mul(LINE as u32)
-            .wrapping_add(FIRST as u32 + CELL as u32 * inside);
+            .wrapping_add(FIRST as u32 + inside);
         (place, inside < WINDOW as u32)
     }
+
+    /// The bin of a strength that isn't inside, if it is above, counted from the window's first.
+    pub fn bin_above(self, bits: u32) -> Option<usize> {
+        let bin = histogram::unbounded_bin_of(bits) as usize;
+        (bin < BINS).then(|| bin.wrapping_sub(self.base()))
+    }
+
+    /// What it adds to a sum, if its bin is at most two octaves above the window.
+    pub fn term_above(self, bits: u32) -> u64 {
+        self.term(bits).into()
+    }
+
+    /// A strength inside in 12 bits, rounded down: never less for a larger one.
+    #[inline(always)]
+    pub fn coarse(self, bits: u32) -> u32 {
+        bits.wrapping_sub(self.lowest << MANTISSA_BITS) >> COARSE_SHIFT
+    }
+
+    /// What [`Layout::coarse`] is at least for strengths inside that are not below this one.
+    pub fn coarse_floor(self, bits: u32) -> u32 {
+        let above = bits.saturating_sub(self.lowest << MANTISSA_BITS);
+        (above >> COARSE_SHIFT).min(COARSE_MOST)
+    }
+
+    /// What to add to a strength's bits so that bits 21 and above are its bin, counted from the
+    /// window's first: by the mantissa's first four bits, as no 16th of an octave has two edges.
+    #[cfg(target_arch = "x86_64")]
+    pub fn to_bins(self) -> [u32; 16] {
+        const BUCKET: u32 = 1 << (MANTISSA_BITS - 4);
+        let first = (histogram::OFFSET as u32 + self.base) << BIN_SHIFT;
+        std::array::from_fn(|bucket| {
+            let start = bucket as u32 * BUCKET;
+            let quarters = |end: u32| histogram::QUARTERS.iter().filter(|&&e| e < end).count();
+            let (before, after) = (quarters(start + 1), quarters(start + BUCKET));
+            // Where the bin `after` would have begun.
+            let edge = match before == after {
+                true => start,
+                false => histogram::QUARTERS[before],
+            };
+            ((after as u32) << BIN_SHIFT)
+                .wrapping_sub(edge)
+                .wrapping_sub(first)
+        })
+    }
 }
+
+/// See [`Layout::to_bins`].
+pub(super) const BIN_SHIFT: u32 = MANTISSA_BITS - 2;
 
 /// Some codes.
 #[derive(Debug, Clone)]
 pub(super) struct Staged {
-    /// Of each the cell that counts it, by its place from the first byte of the lines.
+    /// Of each the place that counts it, from the first byte of the lines.
     pub places: [u32; CHUNK + BEYOND],
     /// What to add to its line's sum: nothing if its place is the one for all other bins.
-    pub terms: [u64; CHUNK],
+    pub terms: [u32; CHUNK],
     /// The bits of its strength.
     pub bits: [u32; CHUNK],
 }
@@ -130,8 +181,7 @@ impl Staged {
             // SAFETY: a Simd of this level is only made after AVX2 was detected.
             Level::Avx2 => unsafe { self.avx2(values, indices, d_sae, layout) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: a Simd of this level is only made after AVX-512F (and, as all CPUs with it
-            // have, AVX2) was detected.
+            // SAFETY: a Simd of this level is only made after AVX-512F was detected.
             Level::Avx512 => unsafe { self.avx512(values, indices, d_sae, layout) },
             #[cfg(not(target_arch = "x86_64"))]
             Level::Avx2 | Level::Avx512 => self.body(values, indices, d_sae, layout),
@@ -159,72 +209,7 @@ impl Staged {
         d_sae: usize,
         layout: Layout,
     ) -> bool {
-        use std::arch::x86_64::*;
-        const WIDTH: usize = 16;
-        // How many codes ahead the CPU is told to fetch.
-        const FAR: usize = 512;
-        let length = values.len().min(indices.len()).min(CHUNK);
-        let whole = length / WIDTH * WIDTH;
-        let all = |number: u32| _mm512_set1_epi32(number as i32);
-        let last = all(last_feature(d_sae));
-        let [first, second, third] = histogram::QUARTERS.map(all);
-        let zero_bin = all(histogram::OFFSET as u32 + layout.base);
-        let one = all(1);
-        let per_unit = _mm512_set1_pd(layout.per_unit());
-        let magic = _mm512_set1_pd((1_u64 << (f64::MANTISSA_DIGITS - 1)) as f64);
-        let mut sound: __mmask16 = if d_sae > 0 { !0 } else { 0 };
-        for at in (0..whole).step_by(WIDTH) {
-            // The hardware fetches ahead, but not beyond a page.
-            _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().wrapping_add(at + FAR).cast());
-            _mm_prefetch::<_MM_HINT_T0>(indices.as_ptr().wrapping_add(at + FAR).cast());
-            // SAFETY: both slices hold WIDTH more numbers from here.
-            let (bits, features) = unsafe {
-                (
-                    V::load(values.as_ptr().add(at)),
-                    I::load(indices.as_ptr().add(at)),
-                )
-            };
-            // Zeros wrap around; negative and infinite strengths are larger to begin with.
-            let most = all(f32::INFINITY.to_bits() - 2);
-            sound = _mm512_mask_cmple_epu32_mask(sound, _mm512_sub_epi32(bits, one), most);
-            sound = _mm512_mask_cmple_epu32_mask(sound, features, last);
-            let mantissa = _mm512_and_si512(bits, all(histogram::MANTISSA));
-            let octave = _mm512_slli_epi32::<2>(_mm512_srli_epi32::<23>(bits));
-            let mut bin = _mm512_sub_epi32(octave, zero_bin);
-            for quarter in [first, second, third] {
-                let beyond = _mm512_cmpge_epu32_mask(mantissa, quarter);
-                bin = _mm512_mask_add_epi32(bin, beyond, bin, one);
-            }
-            let inside = _mm512_cmplt_epu32_mask(bin, all(WINDOW as u32));
-            let bin = _mm512_min_epu32(bin, all(WINDOW as u32));
-            let line = _mm512_slli_epi32::<6>(features);
-            let cell = _mm512_slli_epi32::<1>(bin);
-            const { assert!(LINE == 1 << 6 && CELL == 1 << 1) };
-            let places = _mm512_add_epi32(_mm512_add_epi32(line, all(FIRST as u32)), cell);
-            let low = _mm512_castps512_ps256(_mm512_castsi512_ps(bits));
-            let high = _mm512_extracti64x4_epi64::<1>(bits);
-            let low = _mm512_maskz_cvtps_pd(inside as __mmask8, low);
-            let high = _mm512_maskz_cvtps_pd((inside >> 8) as __mmask8, _mm256_castsi256_ps(high));
-            // With 2^52 added, a double's mantissa is the integer.
-            let integer = |strengths: __m512d| {
-                let sum = _mm512_add_pd(_mm512_mul_pd(strengths, per_unit), magic);
-                let integer =
-                    _mm512_sub_epi64(_mm512_castpd_si512(sum), _mm512_castpd_si512(magic));
-                _mm512_slli_epi64::<SUM_SHIFT>(integer)
-            };
-            // SAFETY: there is room for CHUNK, of which WIDTH are left from here.
-            unsafe {
-                _mm512_storeu_si512(self.places.as_mut_ptr().add(at).cast(), places);
-                _mm512_storeu_si512(self.bits.as_mut_ptr().add(at).cast(), bits);
-                _mm512_storeu_si512(self.terms.as_mut_ptr().add(at).cast(), integer(low));
-                _mm512_storeu_si512(
-                    self.terms.as_mut_ptr().add(at + WIDTH / 2).cast(),
-                    integer(high),
-                );
-            }
-        }
-        let (values, indices) = (&values[whole..length], &indices[whole..length]);
-        sound == !0 && self.rest(whole, values, indices, d_sae, layout)
+        self.body(values, indices, d_sae, layout)
     }
 
     #[inline(always)]
@@ -235,27 +220,11 @@ impl Staged {
         d_sae: usize,
         layout: Layout,
     ) -> bool {
-        self.rest(0, values, indices, d_sae, layout)
-    }
-
-    /// Stages codes one at a time, behind the first `start`.
-    #[inline(always)]
-    fn rest<V: Value, I: Index>(
-        &mut self,
-        start: usize,
-        values: &[V],
-        indices: &[I],
-        d_sae: usize,
-        layout: Layout,
-    ) -> bool {
         let last = last_feature(d_sae);
         let mut sound = d_sae > 0;
         let codes = values.iter().zip(indices);
-        let staged = self.places[start..]
-            .iter_mut()
-            .zip(&mut self.terms[start..])
-            .zip(&mut self.bits[start..]);
-        for ((value, index), ((place, term), kept_bits)) in codes.zip(staged) {
+        let staged = self.places.iter_mut().zip(&mut self.terms);
+        for ((value, index), ((place, term), kept_bits)) in codes.zip(staged.zip(&mut self.bits)) {
             let bits = value.bits();
             // Zeros wrap around; negative and infinite strengths are larger to begin with.
             sound &= bits.wrapping_sub(1) < f32::INFINITY.to_bits() - 1;
@@ -264,14 +233,14 @@ impl Staged {
             let inside;
             (*place, inside) = layout.place(feature, bits);
             *kept_bits = bits;
-            *term = layout.term(f32::from_bits(if inside { bits } else { 0 }));
+            *term = if inside { layout.term(bits) } else { 0 };
         }
         sound
     }
 }
 
 /// An id is at most `u32::MAX`, so a larger `d_sae` asks nothing of it.
-fn last_feature(d_sae: usize) -> u32 {
+pub(super) fn last_feature(d_sae: usize) -> u32 {
     d_sae.saturating_sub(1).min(u32::MAX as usize) as u32
 }
 
@@ -284,6 +253,22 @@ mod tests {
 
     fn simds() -> impl Iterator<Item = Simd> {
         Level::ALL.into_iter().filter_map(Simd::new)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    proptest! {
+        #[test]
+        fn one_addition_makes_a_bin(bits in 1u32..0x7f80_0000, base in 0usize..BINS, edge in 0usize..=BINS, near in -2i32..3) {
+            let layout = Layout::new(base);
+            let table = layout.to_bins();
+            let beside = histogram::edges()[edge].to_bits().wrapping_add_signed(near);
+            for bits in [bits, beside] {
+                let bucket = (bits >> (MANTISSA_BITS - 4)) as usize % 16;
+                let bin = bits.wrapping_add(table[bucket]) >> BIN_SHIFT;
+                let inside = layout.place(0, bits).0 as usize - FIRST;
+                prop_assert_eq!((bin as usize).min(WINDOW), inside);
+            }
+        }
     }
 
     proptest! {
@@ -315,9 +300,13 @@ mod tests {
                         prop_assert!(bin >= WINDOW || [0, BINS - 1].contains(&bin_of(value)));
                         continue;
                     }
-                    prop_assert_eq!(inside, FIRST + (bin_of(value) - layout.base()) * CELL);
-                    prop_assert_eq!(term % (1 << SUM_SHIFT), 0);
-                    prop_assert_eq!(layout.fixed(term), sum::to_fixed(value));
+                    prop_assert_eq!(inside, FIRST + bin_of(value) - layout.base());
+                    prop_assert_eq!(layout.fixed(term.into()), sum::to_fixed(value));
+                    // Floors in 12 bits keep out none that reaches them.
+                    for &other in &values {
+                        let floor = layout.coarse_floor(other.to_bits());
+                        prop_assert!(value < other || layout.coarse(value.to_bits()) >= floor);
+                    }
                 }
             }
         }
@@ -338,11 +327,12 @@ mod tests {
             let times = SUM_TERMS / terms.len() - 1;
             let (mut sum, mut exact) = (0_u64, 0);
             for term in &terms {
-                let part = layout.term(*term).checked_mul(times as u64);
+                let part = u64::from(layout.term(term.to_bits())).checked_mul(times as u64);
                 sum = part.and_then(|part| sum.checked_add(part)).unwrap();
                 exact += sum::to_fixed(*term) * times as u128;
             }
-            prop_assert_eq!(layout.fixed(sum), exact);
+            prop_assert!(sum <= SUM);
+            prop_assert_eq!(layout.fixed(sum.into()), exact);
         }
 
         #[test]
@@ -350,7 +340,7 @@ mod tests {
             let value = histogram::edges()[base + bin];
             let mut staged = Staged::new();
             prop_assert!(staged.fill(Simd::best(), &[value], &[0u32], 1, Layout::new(base)));
-            prop_assert_eq!(staged.places[0] as usize % LINE, FIRST + bin * CELL);
+            prop_assert_eq!(staged.places[0] as usize % LINE, FIRST + bin);
         }
 
         #[test]

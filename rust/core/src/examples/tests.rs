@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::collect::collect_on;
 use super::histogram::{bin_of, BINS};
 use super::samples::Ranking;
+use super::scan::Walker;
 use super::{collect, sum, Accumulator, CodesView, Keep, Parts};
 use crate::shard::{Indices, Values};
 use crate::{Cancel, Error};
@@ -188,6 +189,84 @@ proptest! {
     }
 }
 
+/// Rows of many codes, most of them alike as a trained SAE's are.
+fn long_rows(d_sae: u32) -> impl Strategy<Value = Vec<Vec<(u32, f32)>>> {
+    // Most lie in a window of neighbouring bins, some above it or elsewhere.
+    let strength = prop_oneof![
+        60 => 0.3f32..4.0,
+        20 => prop::sample::select(vec![0.3f32, 1.0, 1.5, 2.0]),
+        3 => 4.0f32..40.0,
+        1 => 1e-6f32..0.3,
+        1 => 40f32..1e6,
+        1 => Just(0.0f32),
+    ];
+    let row = prop::collection::btree_map(0..d_sae, strength, 0..90)
+        .prop_map(|row| row.into_iter().collect::<Vec<_>>())
+        .prop_shuffle();
+    prop::collection::vec(row, 1..16)
+}
+
+/// Fewer features than a row of [`long_rows`] may ask for, or two blocks of them.
+const WIDTHS: [usize; 2] = [37, 200];
+
+proptest! {
+    #[test]
+    fn every_way_of_counting_agrees(
+        (d_sae, rows) in prop::sample::select(&WIDTHS[..])
+            .prop_flat_map(|d_sae| (Just(d_sae), long_rows(d_sae as u32))),
+        n in 1usize..6,
+        cut in any::<prop::sample::Index>(),
+        threads in 1usize..3,
+    ) {
+        let cut = cut.index(rows.len() + 1);
+        let parts_of = [Owned::new(&rows[..cut], 0), Owned::new(&rows[cut..], cut as i64)];
+        let expected = naive_of(d_sae, &rows, n);
+        for walker in Walker::all() {
+            let mut at_once = accumulator_of(d_sae, n);
+            at_once.walker = Some(walker);
+            let views = parts_of.each_ref().map(Owned::view);
+            collect_on(&mut at_once, &views, threads, &Cancel::new()).unwrap();
+            prop_assert_eq!(parts(&mut at_once), expected.clone(), "{:?}", walker);
+            let mut in_turn = accumulator_of(d_sae, n);
+            in_turn.walker = Some(walker);
+            for view in views {
+                collect(&mut in_turn, &[view], threads, &Cancel::new()).unwrap();
+            }
+            prop_assert_eq!(parts(&mut in_turn), expected.clone(), "{:?}", walker);
+        }
+    }
+
+    #[test]
+    fn features_active_twice_are_found_wherever_they_are(
+        mut rows in long_rows(200),
+        at in any::<prop::sample::Index>(),
+        strengths in prop::array::uniform2(prop::sample::select(
+            // Of the same bin and another, above the window and beyond reach.
+            vec![0.5f32, 0.5001, 1.5, 30.0, 1e6, 1e-5],
+        )),
+        places in prop::array::uniform2(any::<prop::sample::Index>()),
+    ) {
+        let bad = at.index(rows.len());
+        let row = &mut rows[bad];
+        row.retain(|code| code.0 != 199);
+        for (strength, place) in strengths.into_iter().zip(places) {
+            row.insert(place.index(row.len() + 1), (199, strength));
+        }
+        let owned = Owned::new(&rows, 100);
+        let words = format!("feature 199 is active twice in row {}", 100 + bad);
+        for walker in Walker::all() {
+            let mut accumulator = accumulator_of(200, 2);
+            accumulator.walker = Some(walker);
+            for threads in [1, 2] {
+                let result = collect_on(&mut accumulator, &[owned.view()], threads, &Cancel::new());
+                let error = result.unwrap_err().to_string();
+                prop_assert!(error.contains(&words), "{:?}: {}", walker, error);
+            }
+            prop_assert_eq!(parts(&mut accumulator), naive_of(200, &[], 2));
+        }
+    }
+}
+
 #[test]
 fn long_runs_fill_samples_and_wrap_counts() {
     // Two blocks of features; one that is always active, with one strength, so that its count wraps
@@ -213,11 +292,18 @@ fn long_runs_fill_samples_and_wrap_counts() {
         Owned::new(&rows[half..], half as i64),
     ];
     let expected = naive_of(d_sae, &rows, 3);
-    for threads in [1, 2] {
+    for (walker, threads) in Walker::all()
+        .into_iter()
+        .flat_map(|all| [(all, 1), (all, 2)])
+    {
         let mut at_once = accumulator_of(d_sae, 3);
+        at_once.walker = Some(walker);
         let views = owned.each_ref().map(Owned::view);
         collect_on(&mut at_once, &views, threads, &Cancel::new()).unwrap();
-        assert!(parts(&mut at_once) == expected, "{threads} threads");
+        assert!(
+            parts(&mut at_once) == expected,
+            "{walker:?}, {threads} threads"
+        );
         let mut in_turn = accumulator_of(d_sae, 3);
         for view in views {
             collect_on(&mut in_turn, &[view], threads, &Cancel::new()).unwrap();
