@@ -242,3 +242,29 @@ with new_file(Path(sys.argv[1]), "key", {}) as file:
         file.shorten_row_groups()
     assert max(row_groups(out, "tokens")) <= SHORT_ROW_GROUP
     assert sum(row_groups(out, "tokens")) == 30_000
+
+
+def test_what_an_import_counts(release: Release, tmp_path: Path) -> None:
+    """Histograms with their edges, tokens by position, clarity; labels where there are none."""
+    bare, labelled = tmp_path / "bare", tmp_path / "labelled"
+    for folder in (bare, labelled):
+        folder.mkdir()
+        release.as_duckdb(folder / "logic.ddb")
+    release.csv_labels(labelled / "autointerp.csv")
+    for folder in (bare, labelled):
+        done = import_database(folder / "logic.ddb", folder / "out.ddb")
+        assert done.labels == (39 if folder == labelled else 0)
+        with FeatureDB(folder / "out.ddb") as db:
+            assert db.histogram_edges is not None
+            found = db.sql(
+                "SELECT f.count, list_sum(histogram) AS a, list_sum(position_counts) AS b, clarity "
+                "FROM features f WHERE f.count > 0"
+            ).to_pylist()
+            assert len(found) == 37
+            assert all(row["count"] == row["a"] == row["b"] for row in found)
+            assert all(0 <= row["clarity"] <= 1 for row in found)
+            for table in ("segments", "positions"):
+                (row,) = db.sql(f"SELECT sum(tokens) AS n FROM {table}").to_pylist()
+                assert row["n"] == len(release.tokens)
+            models = {label.model_name for feature in range(37) for label in db.labels(feature)}
+            assert models == ({"statistics"} if folder == bare else {"claude-3-7-sonnet-latest"})

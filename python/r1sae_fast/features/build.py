@@ -34,7 +34,7 @@ from r1sae_fast.features.new_file import NewFile, new_file
 from r1sae_fast.features.places import TokenPlaces, places_of
 from r1sae_fast.features.schema import FORMAT, POSITION_EDGES, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
-from r1sae_fast.features.writing import Decode, Texts, insert, load_bucket
+from r1sae_fast.features.writing import Decode, Texts, add_sums, insert, load_bucket
 from r1sae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -141,18 +141,7 @@ class _Builder:
             # There are some if an earlier process had another decode.
             for table, columns in TABLES.items():
                 execute(self._connection, f"CREATE OR REPLACE TABLE {table} ({columns})")
-            names = [SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)]
-            self._insert("segments", {"segment": strings(names), "tokens": places.segments})
-            highs = np.array([*POSITION_EDGES[1:], 0], dtype=np.int64)
-            self._insert(
-                "positions",
-                {
-                    "bin": np.arange(len(POSITION_EDGES), dtype=np.int32),
-                    "low": np.array(POSITION_EDGES, dtype=np.int64),
-                    "high": array(highs, valid=np.arange(len(highs)) < len(highs) - 1),
-                    "tokens": places.positions,
-                },
-            )
+            add_sums(self._connection, places)
 
     def load_labels(self) -> None:
         """Fills the counted part of ``autointerp``."""

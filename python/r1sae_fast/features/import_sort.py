@@ -11,17 +11,27 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast.features.arrays import strings
 from r1sae_fast.features.clustering import Clusters, Keep
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.new_file import NewFile
 from r1sae_fast.features.places import PLACE, TokenPlaces, places_in
 from r1sae_fast.features.schema import SEGMENTS, TABLES
 from r1sae_fast.features.stream import arrow_reader
-from r1sae_fast.features.writing import Texts, load_bucket
+from r1sae_fast.features.writing import Texts, add_sums, load_bucket
 
 Advance = Callable[[float], None]
 
-_MADE = ("activations", "examples", "intervals", "negatives", "token_lift", "features")
+_MADE = (
+    "activations",
+    "examples",
+    "intervals",
+    "negatives",
+    "token_lift",
+    "features",
+    "segments",
+    "positions",
+)
 _NOTED_ROWS = 1 << 23  # activations between two notes of how far it is
 _MOST_TOKENS = 1 << 22  # ids that the core counts
 
@@ -63,7 +73,7 @@ class CoreSort:
             return None
         file: Path = self._file.folder / "places"
         records = np.memmap(file, dtype=PLACE, mode="w+", shape=int(rows))
-        names = pa.array(SEGMENTS.values(), pa.string())
+        names = strings(SEGMENTS.values())
         start = 0
         columns = ("sequence", "position", "token")
         for query in ranges:
@@ -115,6 +125,7 @@ class CoreSort:
                 for table in _MADE:
                     create = f"CREATE OR REPLACE TABLE {table} ({TABLES[table]})"
                     execute(self._connection, create)
+                add_sums(self._connection, places)
         known = execute(
             self._connection,
             "SELECT token, any_value(decoded_token) FROM _source.main.tokens GROUP BY token",

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,18 +29,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from r1sae_fast.errors import DatabaseError
+from r1sae_fast.examples import histogram_edges
 from r1sae_fast.features.clustering import largest_needs
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.import_files import SOURCE, attached, duckdb_memory, fingerprint
 from r1sae_fast.features.import_sort import CoreSort, drop_tables
+from r1sae_fast.features.labels import add_labels
 from r1sae_fast.features.new_file import NewFile, new_file
-from r1sae_fast.features.places import PLACE
+from r1sae_fast.features.places import PLACE, TokenPlaces
 from r1sae_fast.features.released.connect import registered
 from r1sae_fast.features.released.files import duckdb_tables
 from r1sae_fast.features.released.labels import read_labels
 from r1sae_fast.features.released.layout import require_tables
 from r1sae_fast.features.released.recognise import Labels, Source, SqliteSource, recognise
-from r1sae_fast.features.schema import FORMAT, TABLES, VERSION
+from r1sae_fast.features.schema import FORMAT, POSITION_EDGES, TABLES, VERSION
 from r1sae_fast.progress import progress_bar
 from r1sae_fast.r1.stream.sizes import show_size
 
@@ -79,7 +82,8 @@ def import_database(
     ``destination`` is there whole or not at all: it is written beside its place
     (``<destination>.tmp``, ``.work.tmp``, ``.spill.tmp``), synced and renamed. An import that is
     killed leaves what was there before, and the next one of the same file goes on where it was.
-    Statistics (``features``, ``examples`` and so on) are made where the core sorts.
+    Statistics (``features``, ``examples`` and so on) are made where the core sorts; counted labels,
+    where the source has none at all.
 
     Args:
         source: whatever :meth:`FeatureDB.open` takes; SQLite files of any size.
@@ -138,6 +142,7 @@ class _Import:
         self._tables = tables
         self._labels = labels
         self._memory = memory
+        self._counted: TokenPlaces | None = None  # where the core sorted
 
     def run(self, progress: bool | None) -> Imported:
         """Fills the tables; the rows are counted before and after."""
@@ -169,6 +174,12 @@ class _Import:
             if labels:
                 query = "SELECT max(feature_id) FROM autointerp"
                 d_sae = max(d_sae, int(execute(self._connection, query)[0][0]) + 1)
+            if self._counted is not None:
+                if not labels:
+                    create = f"CREATE OR REPLACE TABLE autointerp ({TABLES['autointerp']})"
+                    execute(self._connection, create)
+                distinct = len(self._counted.tokens)
+                add_labels(self._connection, tokens, d_sae, distinct, clarity_only=labels > 0)
             self._write_meta(d_sae, tokens)
             # The release's notebook has these tables in a schema of this name.
             execute(self._connection, "CREATE SCHEMA IF NOT EXISTS ds")
@@ -221,7 +232,9 @@ class _Import:
         if places is None or not sort.scatter(places, advance):
             return None
         done = int(count.sum())
-        return sort.load(places, lambda rows: advance(done + rows))
+        passes = sort.load(places, lambda rows: advance(done + rows))
+        self._counted = None if passes is None else places
+        return passes
 
     def _ranges(
         self, feature: NDArray[np.int64], count: NDArray[np.int64], tokens: int
@@ -359,7 +372,14 @@ class _Import:
             "d_sae": str(d_sae),
             "rows": str(tokens),
             "imported_from": json.dumps(self._source.path.name),
+            "r1sae_fast_version": version("r1sae-fast"),
+            "duckdb_version": duckdb.__version__,
         }
+        if self._counted is not None:
+            values |= {
+                "histogram_edges": json.dumps(histogram_edges().tolist()),
+                "position_edges": json.dumps(POSITION_EDGES),
+            }
         if "meta" in self._tables:  # one of ours: what it says of itself stays true
             values |= dict(execute(self._connection, "SELECT key, value FROM _source.main.meta"))
         execute(self._connection, f"CREATE OR REPLACE TABLE meta ({TABLES['meta']})")

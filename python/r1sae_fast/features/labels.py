@@ -92,13 +92,18 @@ class Statistics:
 
 
 def add_labels(
-    connection: duckdb.DuckDBPyConnection, rows: int, d_sae: int, vocabulary: int
+    connection: duckdb.DuckDBPyConnection,
+    rows: int,
+    d_sae: int,
+    vocabulary: int,
+    *,
+    clarity_only: bool = False,
 ) -> None:
     """From ``token_lift``: the statistical part of ``autointerp``, and ``features.clarity``.
 
     ``vocabulary``: how many tokens there are that differ. (The table of tokens is not there yet.)
+    ``clarity_only``: ``autointerp`` stays as it is.
     """
-    execute(connection, "DELETE FROM autointerp WHERE model_name = ?", [MODEL_NAME])
     labels = list(_labels(connection, rows, d_sae, vocabulary))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     features, words, clarities = zip(*labels, strict=True) if labels else ((), (), ())
@@ -109,12 +114,14 @@ def add_labels(
     ]
     with ArrowStream(connection, schema, iter([columns])) as name:
         execute(connection, f"CREATE TEMP TABLE labels AS SELECT * FROM {name}")
-    execute(
-        connection,
-        "INSERT INTO autointerp "
-        "SELECT feature_id, label, NULL, NULL, ?, ? FROM labels ORDER BY feature_id",
-        [MODEL_NAME, PROMPT_VERSION],
-    )
+    if not clarity_only:
+        execute(connection, "DELETE FROM autointerp WHERE model_name = ?", [MODEL_NAME])
+        execute(
+            connection,
+            "INSERT INTO autointerp "
+            "SELECT feature_id, label, NULL, NULL, ?, ? FROM labels ORDER BY feature_id",
+            [MODEL_NAME, PROMPT_VERSION],
+        )
     execute(
         connection,
         "UPDATE features SET clarity = labels.clarity FROM labels "

@@ -15,7 +15,7 @@ from r1sae_fast.features.attaching import ROW_GROUP
 from r1sae_fast.features.clustering import Tables
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.places import TokenPlaces
-from r1sae_fast.features.schema import SEGMENTS
+from r1sae_fast.features.schema import POSITION_EDGES, SEGMENTS
 from r1sae_fast.features.stream import ArrowStream
 
 Decode = Callable[[int], str]
@@ -47,6 +47,23 @@ class Texts:
             # Half of a surrogate pair can't be stored as UTF-8.
             self._texts[token] = text.encode("utf-8", "replace").decode("utf-8")
         return self._texts[token]
+
+
+def add_sums(connection: duckdb.DuckDBPyConnection, places: TokenPlaces) -> None:
+    """Fills ``segments`` and ``positions``."""
+    names = [SEGMENTS.get(i) for i in range(len(SEGMENTS) + 1)]
+    highs = np.array([*POSITION_EDGES[1:], 0], dtype=np.int64)
+    insert(connection, "segments", {"segment": strings(names), "tokens": places.segments})
+    insert(
+        connection,
+        "positions",
+        {
+            "bin": np.arange(len(POSITION_EDGES), dtype=np.int32),
+            "low": np.array(POSITION_EDGES, dtype=np.int64),
+            "high": array(highs, valid=np.arange(len(highs)) < len(highs) - 1),
+            "tokens": places.positions,
+        },
+    )
 
 
 def load_bucket(
