@@ -77,6 +77,12 @@ CASES = {
 }
 
 
+# The same on the thread that is interrupted, which is one of torch's.
+for _name in ("topk", "decode backward"):
+    _prepare, _work = CASES[_name]
+    CASES[f"{_name} on torch's threads"] = (f"torch.set_num_threads(2)\n{_prepare}", _work)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("ctrl_c")

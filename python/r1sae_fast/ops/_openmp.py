@@ -1,9 +1,11 @@
-"""Keeps torch's idle threads from taking the cores that Rust works on.
+"""Work in Rust beside torch's threads.
 
 After each parallel operation of torch, libgomp's threads look for the next one for some 15 ms until
-they sleep: with as many threads as cores, Rust's get half a core less each meanwhile (top-k of 1024
-rows of 28,672 on two cores: 10 ms instead of 6). So they are let go before long work in Rust; torch
-makes new ones when it needs them, which takes a tenth of a millisecond.
+they sleep: with as many threads as cores, threads of Rust's own would get half a core less each
+meanwhile (top-k of 1024 rows of 28,672 on two cores: 10 ms instead of 6). So Rust works on torch's
+threads, which are awake, where it is called on the main thread. Another thread has threads of its
+own in libgomp: there they are let go before long work in Rust; torch makes new ones when it needs
+them, which takes a tenth of a millisecond.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+import threading
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from r1sae_fast import _core
 
 __all__ = ["release_threads"]
 
@@ -25,27 +29,52 @@ _SOFT = 1  # omp_pause_soft: settings are kept
 
 
 def release_threads(numbers: int) -> None:
-    """Lets the calling thread's OpenMP threads go, before work that reads so many numbers."""
-    if numbers >= LONG and not _forked and torch.get_num_threads() > 1:
-        pause = _pause()
-        if pause is not None:
-            pause(_SOFT)
+    """Before work in Rust that reads so many numbers: shares the calling thread's OpenMP threads
+    with it, or lets them go."""
+    if _forked or torch.get_num_threads() == 1:
+        return
+    if threading.get_native_id() == os.getpid() and _share():
+        return
+    if numbers >= LONG:
+        _pause()
 
 
 @lru_cache(maxsize=1)
-def _pause() -> Callable[[int], int] | None:
-    """libgomp's own function for it (OpenMP 5.0), where torch runs on libgomp."""
+def _library() -> ctypes.CDLL | None:
+    """The libgomp that torch runs on; None where it runs on another."""
     if not sys.platform.startswith("linux"):
         return None
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
-        path = next(fields[5] for line in maps if "/libgomp" in (fields := line.split(None, 5))[-1])
-        function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW).omp_pause_resource_all
-    except (OSError, StopIteration, AttributeError):
+        files = [fields[5] for line in maps if len(fields := line.split(None, 5)) == 6]
+        paths = [path for path in dict.fromkeys(files) if "/libgomp" in path]
+        # Other packages may bring their own.
+        paths.sort(key=lambda path: not path.startswith(_beside(torch.__file__)))
+        return ctypes.CDLL(paths[0], mode=os.RTLD_NOLOAD | os.RTLD_NOW) if paths else None
+    except OSError:
         return None
-    function.argtypes, function.restype = [ctypes.c_int], ctypes.c_int
-    pause: Callable[[int], int] = function
-    return pause
+
+
+def _beside(file: str) -> str:
+    """The start of the paths of a package and of the libraries packed with it: ``.../torch``."""
+    return str(Path(file).parent)
+
+
+@lru_cache(maxsize=1)
+def _share() -> bool:
+    """Whether Rust works on the main thread's OpenMP threads."""
+    parallel = getattr(_library(), "GOMP_parallel", None)
+    address = ctypes.cast(parallel, ctypes.c_void_p).value if parallel is not None else None
+    if address is not None:
+        _core.share_openmp(address)
+    return address is not None
+
+
+def _pause() -> None:
+    """Lets the calling thread's OpenMP threads go, by libgomp's own function (OpenMP 5.0)."""
+    pause = getattr(_library(), "omp_pause_resource_all", None)
+    if pause is not None:
+        pause(_SOFT)
 
 
 def _after_fork() -> None:

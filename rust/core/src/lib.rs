@@ -18,7 +18,7 @@ pub mod fp8;
 pub mod grad;
 mod lines;
 pub mod memory;
-mod pool;
+pub mod pool;
 pub mod r1;
 pub mod rows;
 pub mod screen;

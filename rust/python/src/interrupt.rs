@@ -1,10 +1,11 @@
 //! Runs core work with the GIL released, while ctrl-c is still heard.
 
 use std::sync::mpsc::{channel, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use r1sae_core::{Cancel, Result};
+use r1sae_core::{pool, Cancel, Result};
 
 use crate::errors::to_py;
 
@@ -49,6 +50,29 @@ where
             }
         }
     })
+}
+
+/// As [`run`], for work on as many threads as torch has: where torch's own threads do it, long work too
+/// stays on this thread, which is one of them, and Python's signal handlers run between two steps.
+pub fn run_with_torch<T, F>(py: Python<'_>, long: bool, work: F) -> PyResult<T>
+where
+    T: Send,
+    F: FnOnce(&Cancel) -> Result<T> + Send,
+{
+    if !long || !pool::has_team() {
+        return run(py, long, work);
+    }
+    let raised = Arc::new(Mutex::new(None));
+    let heard = Arc::clone(&raised);
+    let cancel = Cancel::listening(POLL, move || {
+        let error = Python::attach(|py| py.check_signals().err());
+        let is_raised = error.is_some();
+        *heard.lock().unwrap_or_else(PoisonError::into_inner) = error;
+        is_raised
+    });
+    let result = py.detach(|| work(&cancel));
+    let raised = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
+    raised.map_or_else(|| result.map_err(to_py), Err)
 }
 
 /// Releases the GIL around `work`; listens for ctrl-c where it is `long`. Work of a few

@@ -9,10 +9,10 @@ use pyo3::prelude::*;
 use r1sae_core::rows::Matrix;
 use r1sae_core::select::{self, Codes, Options, Threshold};
 use r1sae_core::simd::{set_active, Element, Level, Simd, Stored};
-use r1sae_core::{decode as core_decode, grad, Cancel, Result};
+use r1sae_core::{decode as core_decode, grad, pool, Cancel, Result};
 
 use crate::errors::to_py;
-use crate::interrupt::run;
+use crate::interrupt::run_with_torch;
 
 /// Selecting from fewer values than this takes milliseconds.
 const MANY_VALUES: usize = 1 << 20;
@@ -116,7 +116,7 @@ fn select_as<'py, E: Crossing>(
 ) -> PyResult<PyCodes<'py>> {
     let matrix = matrix::<E>(array_2d)?;
     let long = matrix.rows() * matrix.width() >= MANY_VALUES;
-    let codes = run(py, long, |cancel| call(matrix, cancel))?;
+    let codes = run_with_torch(py, long, |cancel| call(matrix, cancel))?;
     Ok((
         array(py, codes.values),
         PyArray1::from_vec(py, codes.indices),
@@ -203,7 +203,7 @@ fn decode_as<'py, E: Crossing, W: Stored>(
     let simd = Simd::active().map_err(to_py)?;
     let values = E::from_bits(slice(values)?);
     let b_dec = b_dec.map(slice).transpose()?.map(E::from_bits);
-    let output = run(py, codes.is_long(w_dec.width()), |cancel| {
+    let output = run_with_torch(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
         core_decode::decode(values, rows, w_dec, b_dec, simd, codes.threads, cancel)
     })?;
@@ -266,7 +266,7 @@ fn gradient_of_values_as<'py, E: Crossing, W: Stored>(
 ) -> PyResult<Bound<'py, PyAny>> {
     let simd = Simd::active().map_err(to_py)?;
     let gradient = matrix::<E>(gradient)?;
-    let output = run(py, codes.is_long(w_dec.width()), |cancel| {
+    let output = run_with_torch(py, codes.is_long(w_dec.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, w_dec.rows())?;
         grad::gradient_of_values(gradient, rows, w_dec, simd, codes.threads, cancel)
     })?;
@@ -314,7 +314,7 @@ fn gradient_of_weight_as<'py, E: Crossing>(
     let simd = Simd::active().map_err(to_py)?;
     let gradient = matrix::<E>(gradient)?;
     let values = E::from_bits(slice(values)?);
-    let output = run(py, codes.is_long(gradient.width()), |cancel| {
+    let output = run_with_torch(py, codes.is_long(gradient.width()), |cancel| {
         let rows = core_decode::SparseRows::new(codes.indices, codes.row_offsets, d_sae)?;
         grad::gradient_of_weight(gradient, values, rows, simd, codes.threads, cancel)
     })?;
@@ -361,6 +361,20 @@ fn set_simd(name: &str) -> PyResult<&'static str> {
     Ok(set_active(name).map_err(to_py)?.level().name())
 }
 
+/// Has operations of the main thread work on the threads of its OpenMP team: `parallel` is the address of
+/// `GOMP_parallel`.
+#[pyfunction]
+fn share_openmp(parallel: usize) -> PyResult<()> {
+    if parallel == 0 {
+        return Err(PyValueError::new_err("parallel is 0; expected an address"));
+    }
+    let parallel = parallel as *const ();
+    // SAFETY: ops/_openmp.py takes the address from the library that torch runs on, which is never
+    // unloaded, by the name of this function of the C ABI.
+    unsafe { pool::share_team(std::mem::transmute::<*const (), pool::Parallel>(parallel)) };
+    Ok(())
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(topk, module)?)?;
     module.add_function(wrap_pyfunction!(batch_topk, module)?)?;
@@ -369,6 +383,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(decode_gradient_of_values, module)?)?;
     module.add_function(wrap_pyfunction!(decode_gradient_of_weight, module)?)?;
     module.add_function(wrap_pyfunction!(simd_info, module)?)?;
+    module.add_function(wrap_pyfunction!(share_openmp, module)?)?;
     module.add_function(wrap_pyfunction!(set_simd, module)?)?;
     Ok(())
 }

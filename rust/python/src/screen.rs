@@ -13,7 +13,7 @@ use r1sae_core::select::Threshold;
 use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
-use crate::interrupt::run;
+use crate::interrupt::run_with_torch;
 use crate::ops::{array, matrix, mixed, options, slice, Crossing, Floats1, Floats2, PyCodes};
 
 /// As many 8-bit products take milliseconds.
@@ -46,7 +46,7 @@ impl Screen {
     ) -> PyResult<PyCodes<'py>> {
         let options = options(check_finite, threads)?;
         let work = x.rows().saturating_mul(w.rows()).saturating_mul(w.width());
-        let codes = run(py, work >= MANY_PRODUCTS, |cancel| {
+        let codes = run_with_torch(py, work >= MANY_PRODUCTS, |cancel| {
             self.lock()
                 .encode(x, Encoder { w, bias }, rule, options, cancel)
         })?;
@@ -67,7 +67,7 @@ impl Screen {
     ) -> PyResult<()> {
         let options = options(true, threads)?;
         let long = w.rows().saturating_mul(w.width()) >= 1 << 24;
-        run(py, long, |cancel| {
+        run_with_torch(py, long, |cancel| {
             self.lock()
                 .refresh(Encoder { w, bias }, rows, options, cancel)
         })
@@ -84,7 +84,7 @@ fn new_core<E: Crossing>(
 ) -> PyResult<Core> {
     let options = options(true, threads)?;
     let long = w.rows().saturating_mul(w.width()) >= 1 << 24;
-    run(py, long, |cancel| {
+    run_with_torch(py, long, |cancel| {
         Core::new(Encoder { w, bias }, kernel, seed, options, cancel)
     })
 }

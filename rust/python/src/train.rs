@@ -13,7 +13,7 @@ use r1sae_core::rows::Matrix;
 use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
-use crate::interrupt::run;
+use crate::interrupt::run_with_torch;
 use crate::ops::slice;
 
 /// As many codes are sorted, and as many multiplications done, in milliseconds.
@@ -34,7 +34,7 @@ impl FeatureLists {
         d_sae: usize,
     ) -> PyResult<Self> {
         let (indices, row_offsets) = (slice(&indices)?, slice(&row_offsets)?);
-        let lists = run(py, indices.len() >= MANY_CODES, |cancel| {
+        let lists = run_with_torch(py, indices.len() >= MANY_CODES, |cancel| {
             let codes = SparseRows::new(indices, row_offsets, d_sae)?;
             grad::FeatureLists::new(codes, cancel)
         })?;
@@ -123,7 +123,7 @@ fn gradient_of_values_by_feature<'py>(
     let simd = Simd::active().map_err(to_py)?;
     let (gradient, w_dec, lists) = (matrix(&gradient)?, matrix(&w_dec)?, &lists.get().0);
     let long = lists.nnz().saturating_mul(w_dec.width()) >= MANY_PRODUCTS;
-    let values = run(py, long, |cancel| {
+    let values = run_with_torch(py, long, |cancel| {
         grad::gradient_of_values_by_feature(gradient, lists, w_dec, simd, threads, cancel)
     })?;
     Ok(PyArray1::from_vec(py, values))
@@ -145,7 +145,7 @@ fn gradient_rows<'py>(
     let sources = sources_of(&sources, &terms);
     let long = features.len().saturating_mul(d_in) >= MANY_PRODUCTS
         || products(&sources, d_in) >= MANY_PRODUCTS;
-    let rows = run(py, long, |cancel| {
+    let rows = run_with_torch(py, long, |cancel| {
         grad::gradient_rows(&sources, features, d_sae, d_in, simd, threads, cancel)
     })?;
     Ok(PyArray1::from_vec(py, rows))
@@ -165,7 +165,7 @@ fn gradient_squared_norm(
     let unit_rows = unit_rows.then_some(weight);
     let terms = terms(&sources)?;
     let sources = sources_of(&sources, &terms);
-    run(py, products(&sources, d_in) >= MANY_PRODUCTS, |cancel| {
+    run_with_torch(py, products(&sources, d_in) >= MANY_PRODUCTS, |cancel| {
         grad::squared_norm(&sources, d_sae, d_in, unit_rows, simd, threads, cancel)
     })
 }
