@@ -25,7 +25,7 @@ from r1sae_fast.features.attaching import ROW_GROUP, connect_to_write
 from r1sae_fast.features.places import places_of
 from r1sae_fast.features.schema import TABLES
 from r1sae_fast.features.stream import ArrowStream
-from r1sae_fast.features.writing import insert
+from r1sae_fast.features.writing import insert_activations
 from r1sae_fast.shards import CodeShards
 
 MEMORY = 2 << 30
@@ -87,8 +87,9 @@ def statistics(data: Data) -> dict[str, object]:
         clusters = clustering.Clusters(folder, counts, MEMORY // 4)
         clusters.add_shards(shards, places.ranks, threads, lambda _: None)
         core = places.core()
-        for bucket in range(clusters.buckets):
-            clusters.tables(bucket, core, clustering.Keep(), threads)
+        for part in clusters.parts():
+            for _ in clusters.tables(part, core, clustering.Keep(), threads):
+                pass
 
     def pairs() -> None:
         shards = clustering.shards_of(codes)
@@ -125,7 +126,7 @@ def sort(data: Data) -> dict[str, object]:
     codes, threads = data.codes(), clustering.default_threads(None)
     folder = data.folder / "sort"
     folder.mkdir(exist_ok=True)
-    columns = TABLES["activations"]
+    released = "feature_id INTEGER, sequence_id BIGINT, token_idx INTEGER, strength FLOAT"
     sizes = {}
 
     def connect(name: str) -> duckdb.DuckDBPyConnection:
@@ -133,7 +134,7 @@ def sort(data: Data) -> dict[str, object]:
         file.unlink(missing_ok=True)
         config = {"memory_limit": f"{MEMORY >> 20}MiB", "temp_directory": str(folder / "spill")}
         connection = duckdb.connect(str(file), config=config)
-        connection.execute(f"CREATE TABLE activations ({columns})")
+        connection.execute(f"CREATE TABLE activations ({released})")
         return connection
 
     def core() -> None:
@@ -141,7 +142,7 @@ def sort(data: Data) -> dict[str, object]:
         file.unlink(missing_ok=True)
         config = {"memory_limit": f"{MEMORY >> 22}MiB", "default_block_size": "65536"}
         with connect_to_write(file, config, ROW_GROUP) as connection:
-            connection.execute(f"CREATE TABLE activations ({columns})")
+            connection.execute(f"CREATE TABLE activations ({TABLES['activations']})")
             shards = clustering.shards_of(codes)
             places = places_of(codes, folder / "places")
             counts = clustering.count(shards, codes.d_sae, threads)
@@ -150,9 +151,8 @@ def sort(data: Data) -> dict[str, object]:
             clusters.add_shards(shards, places.ranks, threads, lambda _: None)
             view = places.core()
             keep = clustering.Keep(quantiles=0, negatives=0, tokens=0)
-            for bucket in range(clusters.buckets):
-                found = clusters.tables(bucket, view, keep, threads)
-                insert(connection, "activations", found["activations"])
+            for part in clusters.parts():
+                insert_activations(connection, clusters.tables(part, view, keep, threads))
             connection.execute("CHECKPOINT")
 
     def by_duckdb() -> None:
@@ -182,8 +182,10 @@ def sort(data: Data) -> dict[str, object]:
     if data.released.exists():
         ways["table"] = from_table
     for name, work in ways.items():
+        before = time.process_time()
         took[name] = timed(work)
-        sys.stderr.write(f"{name}: {took[name]:.2f} s\n")
+        took[f"{name}_cpu"] = time.process_time() - before
+        sys.stderr.write(f"{name}: {took[name]:.2f} s, {took[f'{name}_cpu']:.2f} of CPU\n")
         file = folder / f"{name}.ddb"
         sizes[name] = file.stat().st_size / int(data.rows * K)
         file.unlink()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from r1sae_fast.cli.main import app
 from r1sae_fast.features import FeatureDB
-from r1sae_fast.features.exporting.write import encoded
+from r1sae_fast.features.exporting.encoding import encoded
 
 # Of sae_dashboard.neuronpedia.neuronpedia_dashboard 0.8.0: NeuronpediaDashboardFeature.to_dict().
 DASHBOARD_FIELDS = {

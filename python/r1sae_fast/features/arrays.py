@@ -41,3 +41,21 @@ def lists(values: NDArray[Any], rows: int) -> pa.Array:
 
 def _bits(valid: NDArray[np.bool_] | None) -> pa.Buffer | None:
     return None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
+
+
+def numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """The values of a column of numbers without NULL; shares its memory where it is of one piece.
+
+    (``to_numpy`` imports pandas too.)
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+        if isinstance(column, pa.ChunkedArray):  # older versions' of none
+            column = pa.concat_arrays(column.chunks)
+    if column.null_count:
+        raise ValueError(f"{column.null_count} of {len(column)} values are NULL; expected none")
+    kind = np.dtype(column.type.to_pandas_dtype())
+    data = column.buffers()[1]
+    if data is None or not len(column):
+        return np.empty(0, dtype=kind)
+    return np.frombuffer(data, dtype=kind, count=len(column), offset=column.offset * kind.itemsize)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +35,7 @@ from r1sae_fast.features.new_file import NewFile, new_file
 from r1sae_fast.features.places import TokenPlaces, places_of
 from r1sae_fast.features.schema import FORMAT, POSITION_EDGES, SEGMENTS, TABLES, VERSION
 from r1sae_fast.features.stream import ArrowStream
-from r1sae_fast.features.writing import Decode, Texts, add_sums, insert, load_bucket
+from r1sae_fast.features.writing import Decode, Texts, add_sums, insert, load_part
 from r1sae_fast.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -223,18 +224,17 @@ class _Builder:
     def load_features(self, advance: Advance) -> None:
         """Fills what is known of each feature from its activations alone."""
         places = self._places.core()
-        clusters, total = self._clusters, max(1, int(self._counts.sum()))
-        done = 0
-        for bucket in range(clusters.buckets):
-            features = clusters.features(bucket)
+        total, done = max(1, int(self._counts.sum())), 0
+        for part in self._clusters.parts():
+            features = part.features
             step = f"features {features.start} to {features.stop}"
             if not self._file.done(step):
-                tables = clusters.tables(bucket, places, self._plan.keep, self._plan.threads)
-                with self._file.step(step):
-                    load_bucket(
-                        self._connection, features, tables, self._counts, self._places, self._texts
+                found = self._clusters.tables(part, places, self._plan.keep, self._plan.threads)
+                with self._file.step(step), closing(found) as buckets:
+                    load_part(
+                        self._connection, features, buckets, self._counts, self._places, self._texts
                     )
-            done += int(self._counts[features.start : features.stop].sum())
+            done += part.activations
             advance(len(self._codes) * done / total)
 
     # -- what was counted -----------------------------------------------------------------------

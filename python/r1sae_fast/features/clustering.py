@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ Tables = dict[str, dict[str, NDArray[Any]]]
 Advance = Callable[[float], None]
 
 _BUCKET_BYTES = 64  # of each activation, while a bucket is sorted and written
+_BUCKET_RECORDS = 1 << 20  # activations: more don't stay in the caches, and are written no faster
+_MOST_BUCKETS = 512  # or more activations in each: what is written to one at a time would be short
+_PART_FEATURES = 8192  # at most, and a bucket: what is kept of them is held until the part is whole
 _GROUP_ROWS = 1 << 20  # of shards between two notes of how far it is
 _PAIR_ROWS = 1 << 16  # of codes that are turned on their side at a time: more take longer
 _LEAST_MEMORY = 256 << 20
@@ -120,6 +124,21 @@ def partners(
     return {"feature_id": feature, "rank": rank, "other_id": other, "count": together, "pmi": pmi}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Buckets that are written together.
+
+    Attributes:
+        buckets: which.
+        features: theirs.
+        activations: how many they hold.
+    """
+
+    buckets: range
+    features: range
+    activations: int
+
+
 class Clusters:
     """All activations in a file of buckets, each of whole features.
 
@@ -128,12 +147,15 @@ class Clusters:
     Args:
         folder: where the files are.
         counts: how often each feature is active.
-        memory: bytes that a bucket may take while it is sorted.
+        memory: bytes that buckets may take while they are sorted.
     """
 
     def __init__(self, folder: Path, counts: NDArray[np.uint64], memory: int) -> None:
         self._state = folder / "state.json"
-        records = max(1, memory // _BUCKET_BYTES)
+        self._part_records = max(1, memory // _BUCKET_BYTES)
+        # One is written while the next is sorted.
+        wanted = max(_BUCKET_RECORDS, int(counts.sum()) // _MOST_BUCKETS)
+        records = max(1, min(wanted, self._part_records // 4))
         state = self._read(records)
         self.added: int = state["added"]
         self._records = records
@@ -175,18 +197,48 @@ class Clusters:
         feature, sequence, position, strength = columns
         return self._spill.add(places, feature, sequence, position, strength) is None
 
-    @property
-    def buckets(self) -> int:
-        """How many."""
-        return self._spill.buckets
+    def parts(self) -> list[Part]:
+        """Consecutive buckets, as many as should be written in one transaction."""
+        found: list[Part] = []
+        records = 0
+        for bucket in range(self._spill.buckets):
+            first, end = self._spill.features(bucket)
+            size = self._spill.size(bucket)
+            last = found[-1] if found else None
+            if (
+                last is None
+                or records + size > self._part_records
+                or end - last.features.start > _PART_FEATURES
+            ):
+                found.append(Part(range(bucket, bucket + 1), range(first, end), size))
+                records = size
+            else:
+                records += size
+                buckets = range(last.buckets.start, bucket + 1)
+                found[-1] = Part(buckets, range(last.features.start, end), records)
+        return found
 
-    def features(self, bucket: int) -> range:
-        """The features of a bucket."""
-        return range(*self._spill.features(bucket))
+    def tables(
+        self, part: Part, places: _core.TokenPlaces, keep: Keep, threads: int
+    ) -> Generator[Tables, None, None]:
+        """Of each bucket of a part the sorted activations, and what they tell, by table and column.
 
-    def tables(self, bucket: int, places: _core.TokenPlaces, keep: Keep, threads: int) -> Tables:
-        """The sorted activations of a bucket, and what they tell, by table and column."""
-        return _core.cluster_bucket(self._spill, bucket, places, keep.core(), True, threads)
+        While the caller uses those of one bucket the next are made.
+        """
+
+        def made(bucket: int) -> Tables:
+            return _core.cluster_bucket(self._spill, bucket, places, keep.core(), True, threads)
+
+        sizes = [self._spill.size(bucket) for bucket in part.buckets]
+        with ThreadPoolExecutor(1) as pool:
+            ahead: Future[Tables] | None = None
+            for number, bucket in enumerate(part.buckets):
+                tables = (ahead or pool.submit(made, bucket)).result()
+                ahead = None
+                if sum(sizes[number : number + 2]) <= self._part_records:
+                    following = part.buckets[number + 1 : number + 2]
+                    ahead = next((pool.submit(made, soon) for soon in following), None)
+                yield tables
 
 
 def largest_needs(counts: NDArray[Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import duckdb
@@ -18,7 +19,7 @@ from r1sae_fast.features.new_file import NewFile
 from r1sae_fast.features.places import PLACE, TokenPlaces, places_in
 from r1sae_fast.features.schema import SEGMENTS, TABLES
 from r1sae_fast.features.stream import arrow_reader
-from r1sae_fast.features.writing import Texts, add_sums, load_bucket
+from r1sae_fast.features.writing import Texts, add_sums, load_part
 
 Advance = Callable[[float], None]
 
@@ -131,16 +132,17 @@ class CoreSort:
             "SELECT token, any_value(decoded_token) FROM _source.main.tokens GROUP BY token",
         )
         texts, core, done = Texts(None, dict(known)), places.core(), 0
-        for bucket in range(self._clusters.buckets):
-            features = self._clusters.features(bucket)
+        parts = self._clusters.parts()
+        for part in parts:
+            features = part.features
             step = f"features {features.start} to {features.stop}"
             if not self._file.done(step):
+                found = self._clusters.tables(part, core, self._keep, self._threads)
                 try:
-                    tables = self._clusters.tables(bucket, core, self._keep, self._threads)
+                    with self._file.step(step), closing(found) as buckets:
+                        load_part(self._connection, features, buckets, self._counts, places, texts)
                 except ValueError:
                     return None
-                with self._file.step(step):
-                    load_bucket(self._connection, features, tables, self._counts, places, texts)
-            done += int(self._counts[features.start : features.stop].sum())
+            done += part.activations
             advance(done)
-        return self._clusters.buckets
+        return len(parts)

@@ -19,19 +19,20 @@ hundred. (Hits are taken as independent, which those in one text are not quite.)
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from r1sae_fast.features.arrays import array, strings
-from r1sae_fast.features.execute import execute
+from r1sae_fast.features.arrays import array, numbers, strings
+from r1sae_fast.features.execute import execute, interruptible
 from r1sae_fast.features.schema import SEGMENTS
-from r1sae_fast.features.stream import ArrowStream
+from r1sae_fast.features.stream import ArrowStream, arrow_table
 from r1sae_fast.features.text import quoted
 
 MODEL_NAME = "statistics"
@@ -104,7 +105,8 @@ def add_labels(
     ``vocabulary``: how many tokens there are that differ. (The table of tokens is not there yet.)
     ``clarity_only``: ``autointerp`` stays as it is.
     """
-    labels = list(_labels(connection, rows, d_sae, vocabulary))
+    with _no_collection():
+        labels = list(_labels(connection, rows, d_sae, vocabulary))
     schema = {"feature_id": pa.int32(), "label": pa.string(), "clarity": pa.float64()}
     features, words, clarities = zip(*labels, strict=True) if labels else ((), (), ())
     columns = [
@@ -130,6 +132,19 @@ def add_labels(
     execute(connection, "DROP TABLE labels")
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python looks for cycles after so many new objects, through all that torch made too: it takes
+    longer than these, which have none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def label_of(statistics: Statistics) -> tuple[str, float]:
     """The label and its clarity: the share of its strength explained beyond chance, 0 to 1."""
     count = statistics.count
@@ -142,7 +157,7 @@ def label_of(statistics: Statistics) -> tuple[str, float]:
     candidates = {
         offset: _named(
             [t for t in statistics.tokens if t.offset == offset],
-            math.log2(max(statistics.comparisons, 1) / _CHANCE),
+            _evidence_wanted(statistics.comparisons),
         )
         for offset in VERBS
     }
@@ -208,18 +223,7 @@ def _labels(
     )
     comparisons = d_sae * vocabulary * len(VERBS)
     in_segment = dict(execute(connection, "SELECT segment, tokens FROM segments"))
-    lifts = execute(
-        connection,
-        f"""
-        SELECT feature_id, token_offset, token, decoded_token, count, share, weighted_share,
-               base, lift
-        FROM token_lift WHERE rank <= {_NAMED_TOKENS}
-        ORDER BY feature_id, token_offset, rank""",
-    )
-    tokens = {
-        feature: tuple(TokenLift(*row[1:]) for row in group)
-        for feature, group in groupby(lifts, key=lambda row: int(row[0]))
-    }
+    tokens = _told(connection, {row[0] for row in features if row[1] < _MIN_COUNT}, comparisons)
     for feature, count, density, *densities in features:
         segments = tuple(
             (name, of_segment * in_segment.get(name, 0) / count, of_segment / density)
@@ -230,3 +234,45 @@ def _labels(
             feature,
             *label_of(Statistics(count, rows, comparisons, tokens.get(feature, ()), segments)),
         )
+
+
+def _told(
+    connection: duckdb.DuckDBPyConnection, rare: set[int], comparisons: int
+) -> dict[int, tuple[TokenLift, ...]]:
+    """By feature the tokens that a label could name: few of all, so they are chosen in columns.
+
+    ``rare``: the features that are active too few times for statistics.
+    """
+    query = f"""
+        SELECT feature_id, token_offset, token, coalesce(decoded_token, '') AS text,
+               (decoded_token IS NOT NULL)::INTEGER AS known, count, share, weighted_share, base,
+               lift
+        FROM token_lift WHERE rank <= {_NAMED_TOKENS}
+        ORDER BY feature_id, token_offset, rank"""
+    table = interruptible(connection, lambda: arrow_table(connection, query, ()))
+    if table is None or not table.num_rows:
+        return {}
+    words = table["text"].combine_chunks().dictionary_encode()
+    codes, known = numbers(words.indices), numbers(table["known"])
+    names = ("feature_id", "token_offset", "token", "count", "share", "weighted_share", "base",
+             "lift")  # fmt: skip
+    column = {name: numbers(table[name]) for name in names}
+    share, base = column["share"], column["base"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        misses = np.where(share < 1, (1 - share) * np.log2((1 - share) / (1 - base)), 0.0)
+        evidence = column["count"] / share * (share * np.log2(share / base) + misses)
+    # label_of looks again, and more closely.
+    enough = evidence >= _evidence_wanted(comparisons) * (1 - 1e-9)
+    seen = np.isin(column["feature_id"], list(rare)) & (column["token_offset"] == 0)
+    chosen = np.flatnonzero((enough & (column["lift"] >= _MIN_LIFT)) | seen)
+    features, offsets, ids, *others = (column[name][chosen].tolist() for name in names)
+    texts = words.dictionary.to_pylist()
+    shown = [texts[codes[at]] if known[at] else None for at in chosen.tolist()]
+    found: dict[int, list[TokenLift]] = {}
+    for feature, *row in zip(features, offsets, ids, shown, *others, strict=True):
+        found.setdefault(feature, []).append(TokenLift(*row))
+    return {feature: tuple(tokens) for feature, tokens in found.items()}
+
+
+def _evidence_wanted(comparisons: int) -> float:
+    return math.log2(max(comparisons, 1) / _CHANCE)

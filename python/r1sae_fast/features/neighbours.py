@@ -31,10 +31,17 @@ def neighbours(sae: FastSAE, n: int) -> tuple[NDArray[np.int64], NDArray[np.floa
         found = directions[start:end] @ directions.T
         found[torch.arange(end - start), torch.arange(start, end)] = -2.0
         if n:
-            # Those that equal the last one compete by their ids.
-            last = found.topk(n, dim=1).values[:, -1:]
-            for row, (line, least) in enumerate(zip(found, last, strict=True)):
-                candidates = torch.nonzero(line >= least)[:, 0]
+            # Those that equal the last one compete by their ids: few rows have any beyond it.
+            values, ids = found.topk(n + 1, dim=1)
+            tied = torch.nonzero(values[:, n - 1] == values[:, n])[:, 0]
+            ids = ids[:, :n].sort(dim=1).values
+            values = found.gather(1, ids)
+            order = torch.argsort(values, dim=1, descending=True, stable=True)
+            features[start:end] = ids.gather(1, order).numpy()
+            cosines[start:end] = values.gather(1, order).numpy()
+            for row in tied.tolist():
+                line = found[row]
+                candidates = torch.nonzero(line >= cosines[start + row, -1])[:, 0]
                 order = torch.argsort(line[candidates], descending=True, stable=True)[:n]
                 features[start + row] = candidates[order].numpy()
                 cosines[start + row] = line[candidates[order]].numpy()

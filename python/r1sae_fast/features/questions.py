@@ -298,7 +298,14 @@ class Questions(DatabaseFile, ABC):
             self.histogram_edges,
         )
         read = pages(
-            self._fetch, self._columns, chosen, n=n, window=window, who=self._who, batch=batch
+            self._fetch,
+            self._fetch_arrow,
+            self._columns,
+            chosen,
+            n=n,
+            window=window,
+            who=self._who,
+            batch=batch,
         )
         with progress_bar("exporting", len(chosen), unit="features", shown=progress) as advance:
             done = 0

@@ -22,8 +22,11 @@ TABLES = {
         sequence_id BIGINT, token_idx INTEGER, token INTEGER, decoded_token VARCHAR,
         segment VARCHAR""",
     # One row each time that a feature is active. Sorted by feature, then by place: the rows of a
-    # feature lie together, so that a query reads these alone.
-    "activations": "feature_id INTEGER, sequence_id BIGINT, token_idx INTEGER, strength FLOAT",
+    # feature lie together, so that a query reads these alone. How numbers are packed is said, as
+    # trying all ways on each row group takes an eighth of the time of writing.
+    "activations": """
+        feature_id INTEGER USING COMPRESSION rle, sequence_id BIGINT USING COMPRESSION bitpacking,
+        token_idx INTEGER USING COMPRESSION bitpacking, strength FLOAT""",
     # Labels; several of a feature may stand side by side, told apart by model_name. Labels with
     # model_name 'statistics' are counted, not written by a model: quality and interestingness are
     # a judge's ratings, so they are NULL there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import duckdb
@@ -66,16 +66,31 @@ def add_sums(connection: duckdb.DuckDBPyConnection, places: TokenPlaces) -> None
     )
 
 
-def load_bucket(
+def load_part(
     connection: duckdb.DuckDBPyConnection,
     features: range,
-    tables: Tables,
+    buckets: Iterator[Tables],
     all_counts: NDArray[np.uint64],
     places: TokenPlaces,
     texts: Texts,
 ) -> None:
-    """Appends what the core found of the ``features`` of a bucket."""
-    for table in ("activations", "examples", "intervals", "negatives"):
+    """Appends what the core found of ``features``, in the order of buckets."""
+    found: dict[str, dict[str, list[NDArray[Any]]]] = {}
+
+    def others_kept() -> Iterator[Tables]:
+        for tables in buckets:
+            for table, columns in tables.items():
+                if table != "activations":
+                    for name, column in columns.items():
+                        found.setdefault(table, {}).setdefault(name, []).append(column)
+            yield tables
+
+    insert_activations(connection, others_kept())
+    tables = {
+        table: {name: np.concatenate(parts) for name, parts in columns.items()}
+        for table, columns in found.items()
+    }
+    for table in ("examples", "intervals", "negatives"):
         insert(connection, table, tables[table])
     lifts = tables["token_lift"]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -85,24 +100,37 @@ def load_bucket(
         "token_lift",
         {**lifts, "lift": lift, "decoded_token": texts.of(lifts["token"])},
     )
-    found, size = tables["features"], len(features)
+    figures, size = tables["features"], len(features)
     counts = all_counts[features.start : features.stop].astype(np.int64)
-    segments = found["segments"].reshape(size, len(SEGMENTS) + 1)
+    segments = figures["segments"].reshape(size, len(SEGMENTS) + 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         # A segment without tokens has no density: NaN, stored as NULL.
         density = segments / places.segments
-        mean = found["sum"] / counts
+        mean = figures["sum"] / counts
     columns = {
         "feature_id": np.arange(features.start, features.stop, dtype=np.int32),
         "count": counts,
         "density": counts / max(places.rows, 1),
         "mean": mean,
-        "max": found["max"],
-        "histogram": lists(found["histogram"], size),
+        "max": figures["max"],
+        "histogram": lists(figures["histogram"], size),
         **{f"density_{name}": density[:, i] for i, name in SEGMENTS.items()},
-        "position_counts": lists(found["positions"], size),
+        "position_counts": lists(figures["positions"], size),
     }
     insert(connection, "features", columns)
+
+
+def insert_activations(connection: duckdb.DuckDBPyConnection, buckets: Iterator[Tables]) -> None:
+    """Appends to ``activations`` those of one bucket while the next is made."""
+    schema = {
+        "feature_id": pa.int32(),
+        "sequence_id": pa.int64(),
+        "token_idx": pa.int32(),
+        "strength": pa.float32(),
+    }
+    columns = ([array(tables["activations"][name]) for name in schema] for tables in buckets)
+    with ArrowStream(connection, schema, row_groups(columns)) as name:
+        execute(connection, f"INSERT INTO activations BY NAME SELECT * FROM {name}")
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:
@@ -111,8 +139,29 @@ def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[s
         column if isinstance(column, pa.Array) else array(column) for column in columns.values()
     ]
     schema = {name: array.type for name, array in zip(columns, arrays, strict=True)}
-    # Each of DuckDB's threads takes a batch at a time.
-    starts = range(0, len(arrays[0]), ROW_GROUP)
-    batches = ([array.slice(start, ROW_GROUP) for array in arrays] for start in starts)
-    with ArrowStream(connection, schema, batches) as name:
+    with ArrowStream(connection, schema, row_groups(iter([arrays]))) as name:
         execute(connection, f"INSERT INTO {table} BY NAME SELECT * FROM {name}")
+
+
+def row_groups(batches: Iterator[list[pa.Array]]) -> Iterator[list[pa.Array]]:
+    """The same rows in batches of :data:`ROW_GROUP`: each of DuckDB's threads takes one at a time,
+    and copies what is not a whole row group."""
+    held: list[pa.Array] | None = None
+    for arrays in batches:
+        start = 0
+        if held is not None:
+            start = ROW_GROUP - len(held[0])
+            pairs = zip(held, arrays, strict=True)
+            held = [pa.concat_arrays([rest, more.slice(0, start)]) for rest, more in pairs]
+            if len(held[0]) < ROW_GROUP:
+                continue
+            yield held
+            held = None
+        rows = len(arrays[0])
+        while rows - start >= ROW_GROUP:
+            yield [column.slice(start, ROW_GROUP) for column in arrays]
+            start += ROW_GROUP
+        if start < rows:
+            held = [column.slice(start) for column in arrays]
+    if held is not None:
+        yield held

@@ -2,12 +2,16 @@
 
 use std::path::PathBuf;
 
-use numpy::{PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray1};
+use numpy::{
+    PyArray1, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1,
+    PyUntypedArrayMethods,
+};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 use r1sae_core::clusters::bucket::{Chosen, Columns};
 use r1sae_core::clusters::coactivation::tiles;
+use r1sae_core::clusters::contexts::Contexts;
 use r1sae_core::clusters::partners::Partners;
 use r1sae_core::clusters::{
     count_shards, gather, scatter_shards, Bases, Coactivation, Options, Place, Places, Record,
@@ -85,6 +89,16 @@ impl ActivationSpill {
         Ok((range.start, range.end))
     }
 
+    /// How many activations a bucket has.
+    fn size(&self, bucket: usize) -> PyResult<u64> {
+        if bucket >= self.0.buckets() {
+            return Err(PyValueError::new_err(format!(
+                "there is no bucket {bucket}"
+            )));
+        }
+        Ok(self.0.size(bucket))
+    }
+
     /// Waits until all is on the disk.
     fn sync(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.sync()).map_err(to_py)
@@ -151,14 +165,14 @@ impl ActivationSpill {
                     bits: strengths[at].to_bits(),
                 })?;
             }
-            writer.finish()?;
+            writer.flush()?;
             Ok(None)
         })
     }
 }
 
 /// What token each row is, and how often each token occurs.
-#[pyclass(module = "r1sae_fast._core", unsendable)]
+#[pyclass(module = "r1sae_fast._core")]
 struct TokenPlaces {
     /// Kept alive, and not to be written to.
     bytes: Py<PyArray1<u8>>,
@@ -357,6 +371,41 @@ impl PairPartners {
     }
 }
 
+/// The entries of each list of examples, from a start to an end, as JSON.
+/// `codes` and `strengths`: `[examples, width]`; `bins`: `[examples, 3]`; `texts`: JSON strings.
+#[pyfunction]
+fn contexts_json<'py>(
+    py: Python<'py>,
+    codes: PyReadonlyArray2<'_, i32>,
+    strengths: PyReadonlyArray2<'_, f64>,
+    bins: PyReadonlyArray2<'_, f64>,
+    texts: Vec<String>,
+    ranges: Vec<(usize, usize)>,
+) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+    let contexts = Contexts {
+        width: codes.shape()[1],
+        codes: codes.as_slice()?,
+        strengths: strengths.as_slice()?,
+        bins: bins.as_slice()?,
+        texts: &texts,
+    };
+    let lists = run_interruptible(py, move |cancel| {
+        ranges
+            .iter()
+            .map(|&(start, end)| {
+                cancel.check()?;
+                let mut out = String::new();
+                contexts.write(start, end, &mut out)?;
+                Ok(out)
+            })
+            .collect::<r1sae_core::Result<Vec<String>>>()
+    })?;
+    Ok(lists
+        .iter()
+        .map(|list| PyBytes::new(py, list.as_bytes()))
+        .collect())
+}
+
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ActivationSpill>()?;
     module.add_class::<TokenPlaces>()?;
@@ -365,5 +414,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(count_activations, module)?)?;
     module.add_function(wrap_pyfunction!(cluster_bucket, module)?)?;
     module.add_function(wrap_pyfunction!(pair_tiles, module)?)?;
+    module.add_function(wrap_pyfunction!(contexts_json, module)?)?;
     Ok(())
 }

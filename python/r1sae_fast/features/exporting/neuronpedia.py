@@ -122,7 +122,7 @@ def _place(page: Page, target: Target) -> dict[str, Any]:
 
 
 def _feature(page: Page, target: Target) -> dict[str, Any]:
-    shown = saedashboard.feature(page, target)
+    shown = saedashboard.figures(page, target)
     return {
         **_place(page, target),
         "maxActApprox": float(page.row.get("max") or 0.0),

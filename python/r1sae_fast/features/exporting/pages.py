@@ -1,4 +1,4 @@
-"""Many features' pages of data, a batch of features at a time: one query for all their contexts."""
+"""Many features' pages of data, many features at a time."""
 
 from __future__ import annotations
 
@@ -7,33 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1sae_fast.features.contexts import Fetch
+from r1sae_fast.features.exporting.windows import Contexts, Table, contexts_of
 from r1sae_fast.features.labelled import Columns, Who
 from r1sae_fast.features.query.columns import statistics_query
 from r1sae_fast.features.text import harmless
 
-TOP = -1
-"""The interval's number of the strongest examples."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """An example with the tokens around it: texts, ids and strengths side by side.
-
-    ``interval``: TOP, or the number of the interval that it was drawn from, with its ``low``,
-    ``high`` and ``share`` of the activations. ``token_idx``: the example's place in its sequence,
-    ``peak``: which of the tokens it is.
-    """
-
-    interval: int
-    low: float
-    high: float
-    share: float
-    sequence_id: int
-    token_idx: int
-    peak: int
-    tokens: tuple[int, ...]
-    texts: tuple[str, ...]
-    strengths: tuple[float, ...]
+_READ = 1024
+"""Features that are read at a time: a query takes about as long for fewer."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +25,12 @@ class Page:
     histogram: tuple[int, ...] | None
     labels: tuple[tuple[str, str | None, str | None], ...]
     neighbours: tuple[tuple[int, float], ...]
-    contexts: tuple[Context, ...]
+    contexts: Contexts
 
 
 def pages(
     fetch: Fetch,
+    table: Table,
     tables: Columns,
     features: Sequence[int],
     *,
@@ -58,14 +39,25 @@ def pages(
     who: Who | None,
     batch: int,
 ) -> Iterator[list[Page]]:
-    """The pages of ``features``, so many at a time, in their order."""
-    for start in range(0, len(features), batch):
-        chosen = [int(feature) for feature in features[start : start + batch]]
-        yield _batch(fetch, tables, chosen, n, window, who)
+    """The pages of ``features``, so many at a time, in their order.
+
+    ``fetch`` gives a query's rows, ``table`` an Arrow table of them.
+    """
+    size = max(1, _READ // batch) * batch
+    for start in range(0, len(features), size):
+        found = _read(fetch, table, tables, list(features[start : start + size]), n, window, who)
+        for first in range(0, len(found), batch):
+            yield found[first : first + batch]
 
 
-def _batch(
-    fetch: Fetch, tables: Columns, features: list[int], n: int, window: int, who: Who | None
+def _read(
+    fetch: Fetch,
+    table: Table,
+    tables: Columns,
+    features: list[int],
+    n: int,
+    window: int,
+    who: Who | None,
 ) -> list[Page]:
     chosen = f"feature_id IN ({', '.join(map(str, features))})"
     rows = _rows(fetch, tables, who, chosen)
@@ -90,7 +82,7 @@ def _batch(
         if "neighbours" in tables
         else []
     )
-    contexts = _contexts(fetch, tables, chosen, n, window)
+    contexts = contexts_of(table, tables, features, n, window)
     return [
         Page(
             feature,
@@ -101,9 +93,9 @@ def _batch(
                 for text, model, version in labels.get(feature, ())
             ),
             tuple(neighbours.get(feature, ())),
-            tuple(contexts.get(feature, ())),
+            contexts[number],
         )
-        for feature in features
+        for number, feature in enumerate(features)
     ]
 
 
@@ -119,70 +111,6 @@ def _rows(fetch: Fetch, tables: Columns, who: Who | None, chosen: str) -> dict[i
             for name, value in row.items()
         }
     return rows
-
-
-def _contexts(
-    fetch: Fetch, tables: Columns, chosen: str, n: int, window: int
-) -> dict[int, list[Context]]:
-    top = (
-        f"SELECT feature_id, rank, sequence_id, token_idx, strength FROM examples WHERE {chosen}"
-        if "examples" in tables
-        else f"""SELECT feature_id, row_number() OVER (PARTITION BY feature_id
-                ORDER BY strength DESC, sequence_id, token_idx) AS rank,
-            sequence_id, token_idx, strength FROM activations WHERE {chosen}"""
-    )
-    parts = [
-        f"""SELECT feature_id, {TOP} AS number, rank, sequence_id, token_idx, strength,
-            0.0 AS low, strength AS high, 0 AS count FROM ({top}) WHERE rank <= {n}"""
-    ]
-    if "intervals" in tables:
-        parts.append(
-            f"""SELECT feature_id, quantile, rank, sequence_id, token_idx, strength,
-                low, high, count FROM intervals WHERE {chosen}"""
-        )
-    # A join by place, not by range: DuckDB then reads tokens once for all.
-    rows = fetch(
-        f"""
-        WITH places AS ({" UNION ALL ".join(parts)}),
-        spots AS (
-            SELECT places.*, token_idx + shift AS spot
-            FROM places, range(-{window}, {window} + 1) shifts(shift)),
-        active AS (SELECT feature_id, sequence_id, token_idx, strength FROM activations
-            WHERE {chosen})
-        SELECT s.feature_id, s.number, s.low, s.high, s.count, s.sequence_id, s.token_idx,
-            list(s.spot ORDER BY s.spot), list(t.token ORDER BY s.spot),
-            list(t.decoded_token ORDER BY s.spot), list(coalesce(a.strength, 0) ORDER BY s.spot)
-        FROM spots s
-        JOIN tokens t ON t.sequence_id = s.sequence_id AND t.token_idx = s.spot
-        LEFT JOIN active a ON a.feature_id = s.feature_id AND a.sequence_id = s.sequence_id
-            AND a.token_idx = s.spot
-        GROUP BY s.feature_id, s.number, s.rank, s.low, s.high, s.count, s.sequence_id,
-            s.token_idx, s.strength
-        ORDER BY s.feature_id, s.number, s.rank"""
-    )
-    counts: dict[int, int] = dict(
-        fetch(f"SELECT feature_id, count(*) FROM activations WHERE {chosen} GROUP BY ALL")
-    )
-    found: dict[int, list[Context]] = {}
-    for feature, number, low, high, count, sequence, place, spots, ids, texts, strengths in rows:
-        found.setdefault(feature, []).append(
-            Context(
-                number,
-                low,
-                high,
-                count / counts[feature],
-                sequence,
-                place,
-                spots.index(place),
-                tuple(ids),
-                tuple(
-                    f"[{token}]" if text is None else harmless(text)
-                    for token, text in zip(ids, texts, strict=True)
-                ),
-                tuple(strengths),
-            )
-        )
-    return found
 
 
 def _grouped(rows: list[tuple[Any, ...]]) -> dict[int, list[Any]]:

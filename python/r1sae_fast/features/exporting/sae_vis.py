@@ -18,7 +18,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from r1sae_fast.features.exporting.logits import BINS, ROWS, Logits
-from r1sae_fast.features.exporting.pages import TOP, Context, Page
+from r1sae_fast.features.exporting.pages import Page
+from r1sae_fast.features.exporting.windows import TOP, Context
 
 _TABLES = (
     *(f"neuron_alignment_{name}" for name in ("indices", "values", "l1")),

@@ -8,10 +8,14 @@ sae_dashboard/neuronpedia/neuronpedia_dashboard.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
-from r1sae_fast.features.exporting.pages import TOP, Context, Page
+from r1sae_fast import _core
+from r1sae_fast.features.exporting.encoding import encoded
+from r1sae_fast.features.exporting.pages import Page
 from r1sae_fast.features.exporting.target import Target
+from r1sae_fast.features.exporting.windows import TOP, Context
 
 _EMPTY = (
     "neuron_alignment_indices",
@@ -34,19 +38,46 @@ _EMPTY = (
 )
 
 
-def batch(pages: Sequence[Page], target: Target) -> dict[str, Any]:
-    """The batch of these features."""
-    return {
+def batch(rows: Sequence[dict[str, Any]], pages: Sequence[Page], target: Target) -> bytes:
+    """The batch of these features, as JSON; ``rows``: their :func:`figures`."""
+    about = {
         "model_id": target.model_id,
         "layer": target.layer,
         "sae_set": target.source_set,
         "sae_id_suffix": None,
-        "features": [feature(page, target) for page in pages],
     }
+    lists = activations(pages)
+    features = (_with(row, "activations", found) for row, found in zip(rows, lists, strict=True))
+    return _with(about, "features", b", ".join(features))
 
 
-def feature(page: Page, target: Target) -> dict[str, Any]:
-    """One feature, as in SAEDashboard's batch."""
+def _with(entries: dict[str, Any], name: str, listed: bytes) -> bytes:
+    """JSON of the entries, with a list of what is JSON already as their last."""
+    return encoded(entries)[:-1] + f', "{name}": ['.encode() + listed + b"]}"
+
+
+def activations(pages: Sequence[Page]) -> list[bytes]:
+    """Of each page the entries of the list ``activations``."""
+    found: list[bytes] = []
+    for windows, together in groupby(pages, key=lambda page: page.contexts.windows):
+        here = list(together)
+        bins = windows.bins.copy()
+        for page in here:
+            part = slice(page.contexts.start, page.contexts.end)
+            top = windows.interval[part] == TOP
+            bins[part][top] = -1.0, float(page.row.get("max") or 0.0), -1.0
+        found += _core.contexts_json(
+            windows.codes,
+            windows.strengths,
+            bins,
+            windows.codes_json,
+            [(page.contexts.start, page.contexts.end) for page in here],
+        )
+    return found
+
+
+def figures(page: Page, target: Target) -> dict[str, Any]:
+    """One feature, as in SAEDashboard's batch, without its activations."""
     heights, values = histogram(page, target)
     return {
         "feature_index": page.feature_id,
@@ -57,7 +88,6 @@ def feature(page: Page, target: Target) -> dict[str, Any]:
         "n_prompts_total": target.sequences,
         "n_tokens_in_prompt": target.width,
         "dataset": "",
-        "activations": [activation(context, page) for context in page.contexts],
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from r1sae_fast.atomic import write_bytes
 from r1sae_fast.features.exporting import neuronpedia, saedashboard
+from r1sae_fast.features.exporting.encoding import encoded
 from r1sae_fast.features.exporting.logits import Logits
 from r1sae_fast.features.exporting.pages import Page
 from r1sae_fast.features.exporting.sae_vis import Activity, vis_data
@@ -49,9 +49,9 @@ def export_pages(
         if kind == "jsonl":
             put(f"features-{number:05}.jsonl", lines(map(_plain, batch)))
         elif kind == "saedashboard":
-            shown = saedashboard.batch(batch, target)
-            add_logits(shown["features"], activity.logits, batch)
-            put(f"batch-{number}.json", encoded(shown))
+            figures = [saedashboard.figures(page, target) for page in batch]
+            add_logits(figures, activity.logits, batch)
+            put(f"batch-{number}.json", saedashboard.batch(figures, batch, target))
         elif kind == "saevis":
             if any(page.contexts for page in batch):
                 put(f"vis-{number}.json", encoded(vis_data(batch, activity)))
@@ -79,17 +79,6 @@ def add_logits(rows: list[dict[str, Any]], logits: Logits | None, pages: list[Pa
             row.update(one)
 
 
-def encoded(value: Any) -> bytes:
-    """JSON in ASCII, harmless within a page's script too; what is not a number is null."""
-    try:
-        text = json.dumps(value, allow_nan=False, default=str)
-    except ValueError:  # looking at every number takes longer than writing it
-        text = json.dumps(_numbers(value), allow_nan=False, default=str)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text.encode("ascii")
-
-
 def lines(rows: Iterable[Any]) -> bytes:
     """JSON lines."""
     return b"".join(encoded(row) + b"\n" for row in rows)
@@ -106,13 +95,3 @@ def _plain(page: Page) -> dict[str, Any]:
         "neighbours": [{"feature_id": f, "cosine": cosine} for f, cosine in page.neighbours],
         "contexts": [vars(context) for context in page.contexts],
     }
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_numbers(entry) for entry in value]
-    return value

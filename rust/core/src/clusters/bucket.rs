@@ -1,15 +1,18 @@
 //! A bucket of a [`Spill`], sorted, as columns.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::page::{Options, Page, Pages, Texts};
 use super::place::Place;
-use super::spill::Spill;
+use super::spill::{Record, Spill};
 use crate::{Cancel, Error, Result};
 
 /// Parts into which a bucket is cut for each thread.
 const PARTS: usize = 8;
+/// Runs of fewer records on average are not put in order.
+const SHORT_RUN: usize = 64;
 
 /// Columns of the tables; `place` columns are the tables' sequence_id and token_idx.
 #[derive(Debug, Default)]
@@ -203,12 +206,55 @@ fn by_feature(spill: &Spill, bucket: usize) -> Result<(Vec<u64>, Vec<usize>)> {
     }
     let mut keys =
         zeroed(records.len()).ok_or_else(|| spill.too_large(bucket, records.len() as u64))?;
-    for record in &records {
-        let at = &mut ends[(record.feature - features.start) as usize];
-        keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
-        *at += 1;
+    for run in runs(&records) {
+        for record in &records[run] {
+            let at = &mut ends[(record.feature - features.start) as usize];
+            keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
+            *at += 1;
+        }
     }
     Ok((keys, ends))
+}
+
+/// Parts within which rows rise, in the order of their first rows. What was written together is of
+/// neighbouring rows, so that mostly they don't overlap and the keys of each feature come out sorted.
+fn runs(records: &[Record]) -> Vec<Range<usize>> {
+    let most = records.len() / SHORT_RUN;
+    let whole = std::iter::once(0..records.len());
+    let mut starts = vec![0];
+    for (at, pair) in records.windows(2).enumerate() {
+        if pair[1].row < pair[0].row {
+            starts.push(at + 1);
+            if starts.len() > most {
+                return whole.collect(); // too many to be worth sorting
+            }
+        }
+    }
+    let row = |at: &usize| records.get(*at).map(|record| record.row);
+    let mut firsts: Vec<_> = starts.iter().filter_map(row).collect();
+    firsts.sort_unstable();
+    // A run goes on over the next writing if that is of later rows: others may lie between them.
+    let mut runs = Vec::with_capacity(starts.len());
+    let ends = starts[1..].iter().copied().chain([records.len()]);
+    for (mut start, end) in starts.iter().copied().zip(ends) {
+        let inside = firsts.partition_point(|&first| Some(first) <= row(&start));
+        for &first in &firsts[inside..] {
+            let cut = start + records[start..end].partition_point(|record| record.row < first);
+            if cut == end {
+                break;
+            }
+            if cut > start {
+                runs.push(start..cut);
+                start = cut;
+            }
+        }
+        runs.push(start..end);
+        if runs.len() > most {
+            return whole.collect();
+        }
+    }
+    runs.sort_by_key(|run| row(&run.start));
+    runs
 }
 
 /// Consecutive features.
@@ -420,5 +466,38 @@ impl Chosen {
         self.sequence.append(&mut other.sequence);
         self.position.append(&mut other.position);
         self.strength.append(&mut other.strength);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(row: u32) -> Record {
+        Record {
+            feature: 0,
+            row,
+            bits: 1,
+        }
+    }
+
+    #[test]
+    fn runs_are_all_records_by_their_first_rows() {
+        let rows = |first: u32| (first..first + 300).map(record);
+        let records: Vec<_> = [900, 300, 1200, 0].into_iter().flat_map(rows).collect();
+        let found: Vec<u32> = runs(&records)
+            .into_iter()
+            .flat_map(|run| records[run].iter().map(|record| record.row))
+            .collect();
+        let sorted: Vec<u32> = (0..600).chain(900..1500).collect();
+        assert_eq!(found, sorted);
+    }
+
+    #[test]
+    fn short_runs_stay_as_they_are() {
+        for size in [0, 1, 2, 500] {
+            let records: Vec<_> = (0..size).rev().map(record).collect();
+            assert_eq!(runs(&records), vec![0..size as usize; 1]);
+        }
     }
 }

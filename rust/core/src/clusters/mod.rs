@@ -10,6 +10,8 @@
 //! - [`coactivation`], [`partners`]: how often features are active together, exactly, and the
 //!   features that are so most of all by pointwise mutual information.
 //!
+//! - [`contexts`]: examples with the tokens around them, for other tools' pages.
+//!
 //! What comes out is a function of the set of (row, feature, strength) and of the rows' places.
 
 #[expect(
@@ -18,6 +20,7 @@
 )]
 pub mod bucket;
 pub mod coactivation;
+pub mod contexts;
 #[expect(
     missing_docs,
     reason = "the fields are columns of the tables in features/schema.py"

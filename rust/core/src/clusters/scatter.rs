@@ -8,10 +8,12 @@ use crate::examples::ShardFile;
 use crate::shard::{CodeShardReader, Indices, Values};
 use crate::{Cancel, Error, Result};
 
-/// Rows that a thread takes at a time, and between two looks at the cancel flag.
+/// Rows that a thread takes at a time.
 const UNIT_ROWS: usize = 8192;
+/// The same where what they hold is written together: rows then rise over long parts of a bucket.
+const WRITTEN_ROWS: usize = 1 << 16;
 /// What each thread may hold back before it writes.
-const WRITER_BYTES: usize = 64 << 20;
+const WRITER_BYTES: usize = 16 << 20;
 
 /// How often each feature is active in these shards, added to `counts`.
 pub fn count_shards(
@@ -22,7 +24,8 @@ pub fn count_shards(
 ) -> Result<()> {
     let d_sae = counts.len();
     let make = || vec![0_u64; d_sae];
-    let found = each_unit(files, threads, cancel, make, |counts, shard, _, rows| {
+    let each = (UNIT_ROWS, threads);
+    let found = each_unit(files, each, cancel, make, |counts, shard, _, rows| {
         each_code(shard, rows, |_, feature, bits| {
             if bits << 1 == 0 {
                 return Ok(());
@@ -56,13 +59,16 @@ pub fn scatter_shards(
     cancel: &Cancel,
 ) -> Result<()> {
     let make = || spill.writer(WRITER_BYTES);
-    let writers = each_unit(
+    each_unit(
         files,
-        threads,
+        (WRITTEN_ROWS, threads),
         cancel,
         make,
         |writer, shard, first, rows| {
             each_code(shard, rows, |row, feature, bits| {
+                if row % UNIT_ROWS == 0 {
+                    cancel.check()?;
+                }
                 if bits << 1 == 0 {
                     return Ok(()); // a stored zero is no activation
                 }
@@ -77,20 +83,18 @@ pub fn scatter_shards(
                     return Err(shard.bad("holds rows that have no place".to_owned()));
                 };
                 writer.push(Record { feature, row, bits })
-            })
+            })?;
+            writer.flush()
         },
     )?;
-    for writer in writers {
-        writer.finish()?;
-    }
     Ok(())
 }
 
-/// Calls `work(state, shard, its first row, rows)` on all units of all files, each thread with a
-/// state of its own; returns the states.
+/// Calls `work(state, shard, its first row, rows)` on units of at most so many rows of all files,
+/// each of so many threads with a state of its own; returns the states.
 pub(super) fn each_unit<S: Send>(
     files: &[ShardFile],
-    threads: usize,
+    (unit, threads): (usize, usize),
     cancel: &Cancel,
     make: impl Fn() -> S,
     work: impl Fn(&mut S, &CodeShardReader, i64, Range<usize>) -> Result<()> + Sync,
@@ -99,8 +103,8 @@ pub(super) fn each_unit<S: Send>(
         .iter()
         .enumerate()
         .flat_map(|(part, file)| {
-            let cut = move |start| (part, start..file.rows.min(start + UNIT_ROWS));
-            (0..file.rows).step_by(UNIT_ROWS).map(cut)
+            let cut = move |start| (part, start..file.rows.min(start + unit));
+            (0..file.rows).step_by(unit).map(cut)
         })
         .collect();
     let next = AtomicUsize::new(0);

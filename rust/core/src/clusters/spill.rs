@@ -134,10 +134,10 @@ impl Spill {
 
     /// One thread's way of adding records; `memory` bytes at most are held back.
     pub fn writer(&self, memory: usize) -> Writer<'_> {
-        let held = (memory / size_of::<Record>() / self.buckets().max(1)).clamp(64, 1 << 14);
         Writer {
             spill: self,
-            held,
+            most: (memory / size_of::<Record>()).max(1),
+            held: 0,
             buffers: vec![Vec::new(); self.buckets()],
         }
     }
@@ -211,6 +211,8 @@ impl Spill {
 #[derive(Debug)]
 pub struct Writer<'s> {
     spill: &'s Spill,
+    /// So many records may be held back.
+    most: usize,
     held: usize,
     buffers: Vec<Vec<Record>>,
 }
@@ -235,23 +237,26 @@ impl Writer<'_> {
                 record.feature, record.row
             )));
         }
-        let buffer = &mut self.buffers[bucket as usize];
-        buffer.push(record);
-        if buffer.len() == self.held {
-            self.spill.write(bucket as usize, buffer)?;
-            buffer.clear();
+        self.buffers[bucket as usize].push(record);
+        self.held += 1;
+        if self.held == self.most {
+            self.flush()?;
         }
         Ok(())
     }
 
-    /// Writes what is held back.
-    pub fn finish(mut self) -> Result<()> {
+    /// Writes what is held back. Without it some is lost.
+    pub fn flush(&mut self) -> Result<()> {
+        let share = self.most / self.buffers.len().max(1);
         for (bucket, buffer) in self.buffers.iter_mut().enumerate() {
             if !buffer.is_empty() {
                 self.spill.write(bucket, buffer)?;
                 buffer.clear();
+                // Another bucket may get more the next time.
+                buffer.shrink_to(2 * share);
             }
         }
+        self.held = 0;
         Ok(())
     }
 }

@@ -461,10 +461,10 @@ fn what_does_not_fit_is_refused() {
     for row in [1, 1] {
         writer.push(record(0, row, 1.0)).unwrap();
     }
-    writer.finish().unwrap();
+    writer.flush().unwrap();
     let mut writer = spill.writer(64);
     writer.push(record(0, 2, 1.0)).unwrap();
-    assert!(problem(writer.finish()).contains("and more came"));
+    assert!(problem(writer.flush()).contains("and more came"));
     // The other bucket is empty; this one names a row twice.
     let rows = [
         Place::new(0, 0, 0, 0, false, false),
