@@ -7,6 +7,7 @@ use std::arch::x86_64::{
 use std::ops::Range;
 use std::path::Path;
 
+use crate::memory::populate_for_reading;
 use crate::shard::{CodeShardReader, Indices, Values};
 use crate::{Error, Result};
 
@@ -228,6 +229,22 @@ impl<'a> CodesView<'a> {
             )));
         }
         Ok(start as usize..end as usize)
+    }
+
+    /// Has the system map the codes of `rows`, if they lie in a file. What is wrong with their offsets
+    /// is told when they are read.
+    pub(super) fn map(&self, rows: Range<usize>) {
+        let Ok(span) = self.span(rows) else {
+            return;
+        };
+        match self.values {
+            Values::F32(values) => populate_for_reading(&values[span.clone()]),
+            Values::Bf16(values) => populate_for_reading(&values[span.clone()]),
+        }
+        match self.indices {
+            Indices::U16(indices) => populate_for_reading(&indices[span]),
+            Indices::U32(indices) => populate_for_reading(&indices[span]),
+        }
     }
 
     /// Refuses NaN, infinite and negative strengths, feature ids outside `0..d_sae`

@@ -122,6 +122,7 @@ pub fn collect_shards(
         let shard = shards.get(unit.part)?;
         shards.fetch(unit.part + 1);
         let view = CodesView::of_shard(&shard, files[unit.part].first_row)?;
+        view.map(unit.rows.clone());
         scan.add(&view, unit.rows.clone(), kept, cancel)?;
         shards.done(unit.part);
         Ok(())

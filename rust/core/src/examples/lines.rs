@@ -12,8 +12,12 @@ use super::stage::{Layout, FIRST, LINE, OUTSIDE, STAMP_SHIFT, SUM, WINDOW};
 const NEVER: u8 = u8::MAX;
 /// Levels from which a bin is of classes 1, 2 and 3: only one row of 16, 64 or 256 is as early.
 const CLASSES: [u8; 3] = [8 * 4, 8 * 6, 8 * 8];
-/// Bits of a class.
-pub(super) const CLASS_BITS: u32 = 2;
+/// Bits of a cell that are its class; the others are its count.
+pub(super) const CLASS: u8 = 3;
+/// What counts one in a cell.
+pub(super) const ONE: u8 = CLASS + 1;
+/// What a cell has counted when its count wraps to 0, as a power of 2.
+const WRAP_BITS: u32 = ONE.leading_zeros() + 1;
 
 /// The class of a level, or of how early a row is: a row may enter only samples of its class and
 /// lower ones.
@@ -29,15 +33,27 @@ pub(super) struct Line {
     /// In the bits of [`SUM`] the strengths of what was counted inside the window (see
     /// [`Layout::fixed`]); above them the row (counted by the scan) that showed the feature last.
     pub sum: u64,
-    /// The activations of bins `base..base + WINDOW` since they were settled or last wrapped to 0.
-    counts: [u8; LIMITS - FIRST],
-    /// The last two counts; the bins' classes; the heap's floor in 12 bits. Rounded down both, so
-    /// that they let more pass than must be looked at; their precise twins are kept apart.
-    limits: [u8; 8],
+    /// What a strength inside must reach to enter the heap, in 16 bits (see [`Layout::coarse`]); 0
+    /// while that has room. Rounded down, as the cells' classes are, so that more passes than must
+    /// be looked at; precise numbers are kept apart.
+    pub floor: u16,
+    unused: u8,
+    /// Bins `base..base + WINDOW`: the class in the lowest bits; above it the activations since the
+    /// cell was settled or last wrapped to 0.
+    cells: [u8; WINDOW],
 }
 
-/// Bins above the window, for the tail of the strengths: two octaves.
-const ABOVE: usize = 8;
+/// Where in a line the floor is.
+pub(super) const FLOOR: usize = 8;
+
+const _: () = assert!(
+    size_of::<Line>() == LINE
+        && std::mem::offset_of!(Line, cells) == FIRST
+        && std::mem::offset_of!(Line, floor) == FLOOR
+);
+
+/// Bins above the window, for the tail of the strengths.
+const ABOVE: usize = 7;
 /// Neighbouring bins of which a thread knows how early rows must be.
 const REACH: usize = WINDOW + ABOVE;
 
@@ -63,40 +79,11 @@ struct Rest {
     above: [u16; ABOVE],
 }
 
-/// Where in a line [`Line::limits`] are.
-pub(super) const LIMITS: usize = LINE - 8;
-/// Where in the limits the classes begin.
-pub(super) const CLASS_SHIFT: u32 = 8 * (OUTSIDE - LIMITS) as u32;
-/// Where in the limits the floor begins.
-pub(super) const FLOOR_SHIFT: u32 = 64 - 12;
-
-const _: () = assert!(
-    size_of::<Line>() == LINE
-        && std::mem::offset_of!(Line, counts) == FIRST
-        && std::mem::offset_of!(Line, limits) == LIMITS
-        && CLASS_SHIFT + CLASS_BITS * WINDOW as u32 <= FLOOR_SHIFT
-);
-
 impl Rest {
     /// Whether 2^16 rows more could be too much for a number.
     fn is_large(&self) -> bool {
         let wraps = self.wraps.iter().fold(0, |all, wraps| all | wraps);
         wraps >= 1 << 15 || self.sum >= 1 << 62
-    }
-}
-
-impl Line {
-    /// See [`Line::limits`].
-    #[inline]
-    pub fn limits(&self) -> u64 {
-        u64::from_le_bytes(self.limits)
-    }
-
-    /// Replaces as many bits of the limits.
-    #[inline]
-    fn limit(&mut self, shift: u32, bits: u32, value: u64) {
-        let mask = ((1 << bits) - 1) << shift;
-        self.limits = (self.limits() & !mask | value << shift).to_le_bytes();
     }
 }
 
@@ -113,15 +100,12 @@ impl Lines {
     /// Nothing is counted, and everything that may be kept is asked for.
     pub fn new(d_sae: usize, samples: bool, layout: Layout) -> Self {
         let level = if samples { 0 } else { NEVER };
-        let mut line = Line {
+        let line = Line {
             sum: 0,
-            counts: [0; LIMITS - FIRST],
-            limits: [0; 8],
+            floor: 0,
+            unused: 0,
+            cells: [class_of(level); WINDOW],
         };
-        for bin in 0..WINDOW as u32 {
-            let class = u64::from(class_of(level));
-            line.limit(CLASS_SHIFT + CLASS_BITS * bin, CLASS_BITS, class);
-        }
         Self {
             layout,
             lines: vec![line; d_sae],
@@ -170,23 +154,29 @@ impl Lines {
         }
     }
 
-    /// Looks closer at an activation: whether it may enter the heap, and whether it may enter its
-    /// bin's sample. What is above the window is counted now. None if that can't be.
+    /// Looks closer at an activation inside the window: whether it may enter the heap, and whether
+    /// it may enter its bin's sample.
     #[inline]
-    pub fn look(&mut self, place: usize, bits: u32, earliness: u8) -> Option<(bool, bool)> {
-        let (feature, mut bin) = (place / LINE, place % LINE - FIRST);
-        if bin == WINDOW {
-            bin = self.layout.bin_above(bits).filter(|&bin| bin < REACH)?;
-            let rest = &mut self.rest[feature];
-            let count = &mut rest.above[bin - WINDOW];
-            *count = count.checked_add(1)?;
-            rest.sum += self.layout.term_above(bits);
-        }
+    pub fn look(&self, place: usize, bits: u32, earliness: u8) -> (bool, bool) {
+        let limits = &self.limits[place / LINE];
+        let level = limits.levels[(place % LINE).wrapping_sub(FIRST).min(WINDOW)];
+        (bits >= limits.floor, earliness >= level)
+    }
+
+    /// [`Lines::look`] at one outside; if it is above the window, it is counted now. None if that
+    /// can't be.
+    pub fn look_above(&mut self, place: usize, bits: u32, earliness: u8) -> Option<(bool, bool)> {
+        let feature = place / LINE;
+        let bin = self.layout.bin_above(bits).filter(|&bin| bin < REACH)?;
+        let rest = &mut self.rest[feature];
+        let count = &mut rest.above[bin - WINDOW];
+        *count = count.checked_add(1)?;
+        rest.sum += self.layout.term_above(bits);
         let limits = &self.limits[feature];
         Some((bits >= limits.floor, earliness >= limits.levels[bin]))
     }
 
-    /// A count of the window has wrapped to 0.
+    /// A cell has wrapped to 0.
     #[inline]
     pub fn wrap(&mut self, place: usize) {
         self.rest[place / LINE].wraps[place % LINE - FIRST] += 1;
@@ -230,11 +220,9 @@ impl Lines {
         let level = kept.samples.level(cell);
         if level > *known {
             *known = level;
-            if bin >= WINDOW {
-                return;
+            if let Some(cell) = self.lines[feature].cells.get_mut(bin) {
+                *cell = *cell & !CLASS | class_of(level);
             }
-            let shift = CLASS_SHIFT + CLASS_BITS * bin as u32;
-            self.lines[feature].limit(shift, CLASS_BITS, class_of(level).into());
         }
     }
 
@@ -245,8 +233,7 @@ impl Lines {
         let known = &mut self.limits[first + feature].floor;
         if floor > *known {
             *known = floor;
-            let coarse = u64::from(self.layout.coarse_floor(floor));
-            self.lines[first + feature].limit(FLOOR_SHIFT, 12, coarse);
+            self.lines[first + feature].floor = self.layout.coarse_floor(floor);
         }
     }
 
@@ -271,9 +258,9 @@ impl Lines {
         for (at, feature) in features.enumerate() {
             let line = &mut self.lines[feature];
             let bins = &mut kept.histogram[at * BINS + base..][..WINDOW];
-            let counts = line.counts.iter_mut().chain(&mut line.limits);
-            for (bin, count) in bins.iter_mut().zip(counts) {
-                *bin += u64::from(std::mem::take(count));
+            for (bin, cell) in bins.iter_mut().zip(&mut line.cells) {
+                *bin += u64::from(*cell / ONE);
+                *cell &= CLASS;
             }
             self.settle_rest(feature, at, kept);
         }
@@ -283,7 +270,7 @@ impl Lines {
     fn settle_rest(&mut self, feature: usize, at: usize, kept: &mut Block) {
         let rest = std::mem::take(&mut self.rest[feature]);
         kept.sums[at] = kept.sums[at].saturating_add(self.layout.fixed(rest.sum.into()));
-        let wraps = rest.wraps.map(|wraps| u64::from(wraps) << u8::BITS);
+        let wraps = rest.wraps.map(|wraps| u64::from(wraps) << WRAP_BITS);
         let counts = wraps.into_iter().chain(rest.above.map(u64::from));
         let bins = &mut kept.histogram[at * BINS + self.layout.base()..(at + 1) * BINS];
         for (bin, count) in bins.iter_mut().zip(counts) {

@@ -1,7 +1,7 @@
 //! Activations that a scan has counted and that may need more.
 
 /// How many there can be.
-const ROOM: usize = 2048;
+pub(super) const ROOM: usize = 2048;
 /// How many are put in at most before anyone asks again whether there is room.
 pub(super) const AT_ONCE: usize = 256;
 
@@ -59,6 +59,10 @@ impl Queue {
     #[inline]
     pub fn grow(&mut self, by: usize) {
         self.length += by;
+    }
+
+    pub fn len(&self) -> usize {
+        self.length
     }
 
     /// All: `(place, bits, row)`.

@@ -44,6 +44,12 @@ impl Ranking {
         (8 * halvings + 7) as u8 - rest as u8
     }
 
+    /// The [`Ranking::earliness`] of so many rows from `first` on, put behind what is in `to`.
+    pub(super) fn earliness_of(self, first: i64, rows: usize, to: &mut Vec<u8>) {
+        let all = (first..).take(rows);
+        to.extend(all.map(|row| Self::earliness(self.rank(row))));
+    }
+
     const fn key(self) -> u64 {
         mix(self.seed.wrapping_add(GOLDEN))
     }

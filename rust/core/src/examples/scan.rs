@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use super::codes::{CodesView, Index, Seen, Value};
 use super::kept::{Entry, Kept, BLOCK};
-use super::lines::{class_of, stamped, Lines, CLASS_BITS, CLASS_SHIFT, FLOOR_SHIFT};
-use super::queue::{Queue, AT_ONCE, WRAPPED};
+use super::lines::{class_of, stamped, Line, Lines, CLASS, ONE};
+use super::queue::{Queue, AT_ONCE, ROOM, WRAPPED};
 use super::samples::Ranking;
 #[cfg(target_arch = "x86_64")]
 use super::scatter::{Scatter, Stop, WIDTH};
@@ -46,6 +46,9 @@ pub(super) struct Scan {
     /// Of the rows that are being scanned.
     earliness: Vec<u8>,
     queue: Queue,
+    /// What of the queue has wrapped, and what needs more.
+    wrapped: Vec<u32>,
+    need: Vec<u32>,
 }
 
 /// How codes are counted.
@@ -129,6 +132,8 @@ impl Scan {
             staged: None,
             earliness: Vec::with_capacity(ROWS),
             queue: Queue::new(),
+            wrapped: vec![0; ROOM],
+            need: vec![0; ROOM],
         }
     }
 
@@ -187,9 +192,10 @@ impl Scan {
             }
             let mut earliness = std::mem::take(&mut self.earliness);
             earliness.clear();
-            let ids = (start..end).map(|row| codes.row_id(row));
             match self.samples {
-                true => earliness.extend(ids.map(|id| Ranking::earliness(self.ranking.rank(id)))),
+                true => self
+                    .ranking
+                    .earliness_of(codes.row_id(start), end - start, &mut earliness),
                 false => earliness.resize(end - start, 0),
             }
             let batch = Batch {
@@ -300,7 +306,7 @@ impl Scan {
     ) -> bool {
         const { assert!(CHUNK <= AT_ONCE) };
         let layout = self.lines.layout();
-        let class = u64::from(class_of(batch.earliness[row]));
+        let class = class_of(batch.earliness[row]);
         let stamp = stamped(batch.stamp + row as u16);
         let lines = self.lines.as_mut_ptr().cast::<u8>();
         let places = &staged.places[span.clone()];
@@ -310,27 +316,25 @@ impl Scan {
         for (((&place, &later), &term), &bits) in places.iter().zip(later).zip(terms).zip(bits) {
             simd::fetch_from(lines.wrapping_add(later as usize));
             let at = place as usize;
-            debug_assert!(at / LINE < self.d_sae && at % LINE >= FIRST && at % LINE <= OUTSIDE);
+            debug_assert!(at / LINE < self.d_sae && (at % LINE >= FIRST || at % LINE == OUTSIDE));
             // SAFETY: `Staged::fill` has made places within the lines of features below d_sae, of
-            // which there are as many. The reference is not used once the count's is made.
-            let line = unsafe { &mut *lines.add(at & !(LINE - 1)).cast::<super::lines::Line>() };
+            // which there are as many. The reference is not used once the cell's is made.
+            let line = unsafe { &mut *lines.add(at & !(LINE - 1)).cast::<Line>() };
             if line.sum & !SUM == stamp {
                 return false;
             }
             line.sum = (line.sum & SUM | stamp).wrapping_add(term.into());
             self.added = self.added.wrapping_add(term.into());
-            let limits = line.limits();
             if at % LINE == OUTSIDE {
                 self.queue.push(place, bits, row as u32);
                 continue;
             }
-            let bin = (at % LINE - FIRST) as u32;
-            let strong = u64::from(layout.coarse(bits)) >= limits >> FLOOR_SHIFT;
-            let early = limits >> (CLASS_SHIFT + CLASS_BITS * bin) & 3 <= class;
-            // SAFETY: places are those of counts, and nothing else refers to it now.
-            let count = unsafe { &mut *lines.add(at) };
-            *count = count.wrapping_add(1);
-            let wrapped = *count == 0;
+            let strong = layout.coarse(bits) >= line.floor.into();
+            // SAFETY: places are those of cells, and nothing else refers to it now.
+            let cell = unsafe { &mut *lines.add(at) };
+            let early = *cell & CLASS <= class;
+            *cell = cell.wrapping_add(ONE);
+            let wrapped = *cell < ONE;
             if strong | early | wrapped {
                 let mark = if wrapped { WRAPPED } else { 0 };
                 self.queue.push(place | mark, bits, row as u32);
@@ -377,29 +381,51 @@ impl Scan {
     /// Does what is queued of a batch.
     fn work_off<V, I>(&mut self, batch: &Batch<'_, V, I>, kept: &Kept) {
         let mut queue = std::mem::take(&mut self.queue);
-        let mut at = 0;
-        while let Some((place, bits, row)) = queue.get(at) {
+        let (mut wrapped, mut need) = (0, 0);
+        // Lists without branches: what comes next can't be foreseen.
+        for at in 0..queue.len() {
             if let Some((later, ..)) = queue.get(at + 2 * AHEAD) {
-                let wrapped = later & WRAPPED != 0;
                 self.lines
-                    .fetch_limits((later & !WRAPPED) as usize, wrapped);
+                    .fetch_limits((later & !WRAPPED) as usize, later & WRAPPED != 0);
             }
-            at += 1;
-            let wrapped = place & WRAPPED != 0;
-            let place = (place & !WRAPPED) as usize;
-            if wrapped {
-                self.lines.wrap(place);
-            }
+            let Some((marked, bits, row)) = queue.get(at) else {
+                break;
+            };
+            let place = (marked & !WRAPPED) as usize;
+            let (strong, early) = self.lines.look(place, bits, batch.earliness[row]);
+            let outside = place % LINE == OUTSIDE;
+            self.wrapped[wrapped] = place as u32;
+            wrapped += usize::from(marked != place as u32);
+            let marks = u32::from(strong) << 31 | u32::from(early) << 30;
+            self.need[need] = at as u32 | marks;
+            need += usize::from(strong | early | outside);
+        }
+        for at in 0..wrapped {
+            self.lines.wrap(self.wrapped[at] as usize);
+        }
+        for at in 0..need {
+            let marks = self.need[at];
+            let (mut strong, mut early) = (marks >> 31 == 1, marks >> 30 & 1 == 1);
+            let Some((marked, bits, row)) = queue.get((marks << 2 >> 2) as usize) else {
+                break;
+            };
+            let place = (marked & !WRAPPED) as usize;
             let (feature, strength) = (place / LINE, f32::from_bits(bits));
             let id = batch.first_row + row as i64;
-            match self.lines.look(place, bits, batch.earliness[row]) {
-                Some((false, false)) => {}
-                Some((strong, early)) => {
-                    let entry = Entry::candidate(feature, strength, id, strong, early);
-                    self.log(feature, entry, kept);
+            if place % LINE == OUTSIDE {
+                match self.lines.look_above(place, bits, batch.earliness[row]) {
+                    Some(found) => (strong, early) = found,
+                    None => {
+                        self.log(feature, Entry::whole(feature, strength, id), kept);
+                        continue;
+                    }
                 }
-                None => self.log(feature, Entry::whole(feature, strength, id), kept),
+                if !strong && !early {
+                    continue;
+                }
             }
+            let entry = Entry::candidate(feature, strength, id, strong, early);
+            self.log(feature, entry, kept);
         }
         queue.clear();
         self.queue = queue;

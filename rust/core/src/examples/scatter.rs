@@ -9,7 +9,7 @@ use std::arch::x86_64::*;
 
 use super::codes::{Index, Value};
 use super::histogram::MANTISSA;
-use super::lines::{class_of, stamped, Lines, CLASS_BITS, CLASS_SHIFT, FLOOR_SHIFT, LIMITS};
+use super::lines::{class_of, stamped, Lines, CLASS, FLOOR, ONE};
 use super::queue::{Queue, AT_ONCE, WRAPPED};
 use super::scan::{Batch, Cursor};
 use super::stage::{
@@ -22,6 +22,8 @@ pub(super) const WIDTH: usize = 16;
 const AHEAD: usize = 48;
 /// How many codes ahead it is told to fetch codes: the hardware does so, but not beyond a page.
 const FAR: usize = 1024;
+/// Where the highest of four bytes begins.
+const TOP: u32 = 24;
 /// Lines of so many bytes stay in a core's second cache, and need no fetching.
 const NEAR: usize = 5 << 18;
 
@@ -137,7 +139,7 @@ fn scan<const FETCH: bool, V: Value, I: Index>(
     let (mut terms, mut stop) = (_mm512_setzero_si512(), Stop::End);
     'rows: while let Some(&earliness) = batch.earliness.get(cursor.row) {
         let end = (batch.offsets[cursor.row + 1] as usize).min(length);
-        let row_class = _mm512_set1_epi64(class_of(earliness).into());
+        let row_class = all(u32::from(class_of(earliness)) << TOP);
         let row_stamp = stamped(batch.stamp + cursor.row as u16);
         let stamp = _mm512_set1_epi64(row_stamp as i64);
         while cursor.at < end {
@@ -178,21 +180,16 @@ fn scan<const FETCH: bool, V: Value, I: Index>(
             let shifted = _mm512_add_epi32(bits, _mm512_permutexvar_epi32(bucket, to_bins));
             let bin = _mm512_srli_epi32::<BIN_SHIFT>(shifted);
             let inside = _mm512_mask_cmplt_epu32_mask(lanes, bin, window);
-            let bin = _mm512_min_epu32(bin, window);
             let line = _mm512_slli_epi32::<5>(features);
-            let place = _mm512_add_epi32(_mm512_add_epi32(line, all(FIRST as u32)), bin);
+            let within = _mm512_maskz_add_epi32(inside, bin, all(FIRST as u32));
+            let place = _mm512_add_epi32(line, within);
             // Bits of the mantissa, and the one before them: a | b & c.
             let whole = all(MANTISSA + 1);
             let mantissa = _mm512_ternarylogic_epi32::<0xF8>(whole, bits, all(MANTISSA));
             let octave = _mm512_sub_epi32(_mm512_srli_epi32::<MANTISSA_BITS>(bits), lowest);
             let term = _mm512_maskz_sllv_epi32(inside, mantissa, octave);
             let coarse = _mm512_srli_epi32::<COARSE_SHIFT>(_mm512_sub_epi32(bits, bottom));
-            let class_shift = _mm512_add_epi32(
-                all(CLASS_SHIFT),
-                _mm512_slli_epi32::<{ CLASS_BITS - 1 }>(bin),
-            );
-
-            let (mut twice, mut need) = (0, 0_u16);
+            let mut twice = 0;
             macro_rules! half {
                 ($high:literal) => {
                     let shift = if $high { WIDTH / 2 } else { 0 };
@@ -201,13 +198,8 @@ fn scan<const FETCH: bool, V: Value, I: Index>(
                     let term = _mm512_cvtepu32_epi64(half::<$high>(term));
                     terms = _mm512_add_epi64(terms, term);
                     // SAFETY: features are below the number of lines, so offsets are those of
-                    // lines; the first word of a line is at 0, its limits at LIMITS.
-                    let (before, limits) = unsafe {
-                        (
-                            _mm512_i32gather_epi64::<1>(offsets, start.cast()),
-                            _mm512_i32gather_epi64::<1>(offsets, start.add(LIMITS).cast()),
-                        )
-                    };
+                    // lines, and of their first words.
+                    let before = unsafe { _mm512_i32gather_epi64::<1>(offsets, start.cast()) };
                     // (a & c) | b
                     let same = _mm512_ternarylogic_epi64::<0xEC>(before, stamp, sum_bits);
                     twice |= _mm512_mask_cmpeq_epi64_mask(inside, same, before);
@@ -216,30 +208,30 @@ fn scan<const FETCH: bool, V: Value, I: Index>(
                     unsafe {
                         _mm512_mask_i32scatter_epi64::<1>(start.cast(), inside, offsets, after);
                     }
-                    let floor = _mm512_srli_epi64::<FLOOR_SHIFT>(limits);
-                    let coarse = _mm512_cvtepu32_epi64(half::<$high>(coarse));
-                    let strong = _mm512_cmpge_epu64_mask(coarse, floor);
-                    let class_shift = _mm512_cvtepu32_epi64(half::<$high>(class_shift));
-                    let classes = _mm512_srlv_epi64(limits, class_shift);
-                    let class = _mm512_and_si512(classes, _mm512_set1_epi64(3));
-                    let early = _mm512_cmple_epu64_mask(class, row_class);
-                    need |= u16::from(strong | early) << shift;
                 };
             }
             half!(false);
             half!(true);
 
-            // SAFETY: places inside are those of counts, with at least three bytes of their line
-            // behind them; those outside are followed by as many.
-            let counts = unsafe { _mm512_i32gather_epi32::<1>(place, start.cast()) };
-            let more = _mm512_add_epi32(counts, all(1));
-            // The lowest byte is the count: a ? b : c.
-            let byte = all(u32::from(u8::MAX));
-            let more = _mm512_ternarylogic_epi32::<0xCA>(byte, more, counts);
+            // SAFETY: as above; a floor is followed by two bytes more of its line.
+            let floor = unsafe { _mm512_i32gather_epi32::<1>(line, start.add(FLOOR).cast()) };
+            let floor = _mm512_and_si512(floor, all(u16::MAX.into()));
+            let strong = _mm512_cmpge_epu32_mask(coarse, floor);
+            // Cells are the highest byte of what is gathered; what comes before them is of the same
+            // line, whose sums were scattered before.
+            let bytes = start.wrapping_sub(TOP as usize / 8);
+            let none = _mm512_setzero_si512();
+            // SAFETY: places inside are those of cells, with more than three bytes of their line
+            // before them.
+            let cells =
+                unsafe { _mm512_mask_i32gather_epi32::<1>(none, inside, place, bytes.cast()) };
+            let more = _mm512_add_epi32(cells, all(u32::from(ONE) << TOP));
             // SAFETY: as above.
-            unsafe { _mm512_mask_i32scatter_epi32::<1>(start.cast(), inside, place, more) };
-            let wrapped = _mm512_mask_testn_epi32_mask(inside, more, byte);
-            need = (need | wrapped | !inside) & lanes;
+            unsafe { _mm512_mask_i32scatter_epi32::<1>(bytes.cast(), inside, place, more) };
+            let wrapped = _mm512_mask_cmplt_epu32_mask(inside, more, all(u32::from(ONE) << TOP));
+            let class = _mm512_and_si512(cells, all(u32::from(CLASS) << TOP));
+            let early = _mm512_cmple_epu32_mask(class, row_class);
+            let need = (strong | early | wrapped | !inside) & lanes;
             let place = _mm512_mask_or_epi32(place, wrapped, place, all(WRAPPED));
             let [places_end, bits_end, rows_end] = queue.ends();
             // SAFETY: the queue isn't full, so it has room for WIDTH.

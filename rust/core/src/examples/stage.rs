@@ -22,14 +22,11 @@ pub(super) const STAMP_SHIFT: u32 = 48;
 pub(super) const SUM_TERMS: usize = 1 << (STAMP_SHIFT - 24 - 7);
 
 pub(super) const MANTISSA_BITS: u32 = 23;
-/// Bits that a strength loses where it is compared in 12 bits.
-pub(super) const COARSE_SHIFT: u32 = MANTISSA_BITS - 9;
-/// The most that 12 bits hold.
-const COARSE_MOST: u32 = (1 << 12) - 1;
+/// Bits that a strength loses where it is compared in 16 bits.
+pub(super) const COARSE_SHIFT: u32 = MANTISSA_BITS - 13;
 
 /// Where and how the scan counts an activation. Bins `base..base + WINDOW` of feature `f` are at
-/// byte `f * LINE + FIRST` of its memory and after; the place that follows them stands for all
-/// others.
+/// byte `f * LINE + FIRST` of its memory and after; the place [`OUTSIDE`] stands for all others.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     base: u32,
@@ -37,16 +34,16 @@ pub(super) struct Layout {
     lowest: u32,
 }
 
-/// Neighbouring bins that lie in a feature's line: four octaves and a half, which hold nearly all
+/// Neighbouring bins that lie in a feature's line: five octaves and a quarter, which hold nearly all
 /// strengths of a trained SAE.
-pub(super) const WINDOW: usize = 18;
+pub(super) const WINDOW: usize = 21;
 /// Bytes of a feature's line: half of one of the cache, so that the second cache holds all lines
 /// of 28,672 features and what streams past them.
 pub(super) const LINE: usize = 32;
 /// Where in a line the window begins.
-pub(super) const FIRST: usize = 8;
-/// Where in a line the place for all other bins is. Nothing is counted there.
-pub(super) const OUTSIDE: usize = FIRST + WINDOW;
+pub(super) const FIRST: usize = LINE - WINDOW;
+/// Where in a line the place for all other bins is: before the window, where nothing is counted.
+pub(super) const OUTSIDE: usize = 0;
 
 impl Layout {
     /// A window from bin `base`.
@@ -76,7 +73,7 @@ impl Layout {
         sum << (64 + unit)
     }
 
-    /// What a strength inside adds to a line's sum, or one that is two octaves above at most.
+    /// What a strength inside adds to a line's sum, or one that is less than two octaves above.
     #[inline(always)]
     fn term(self, bits: u32) -> u32 {
         let mantissa = bits & histogram::MANTISSA | 1 << MANTISSA_BITS;
@@ -87,12 +84,17 @@ impl Layout {
     /// larger than the last counts as outside.
     #[inline(always)]
     fn place(self, feature: u32, bits: u32) -> (u32, bool) {
-        let bin = histogram::unbounded_bin_of(bits) as u32;
-        let inside = bin.wrapping_sub(self.base).min(WINDOW as u32);
-        let place = feature
-            .wrapping_mul(LINE as u32)
-            .wrapping_add(FIRST as u32 + inside);
-        (place, inside < WINDOW as u32)
+        let bin = (histogram::unbounded_bin_of(bits) as u32).wrapping_sub(self.base);
+        let inside = bin < WINDOW as u32;
+        let within = if inside {
+            FIRST as u32 + bin
+        } else {
+            OUTSIDE as u32
+        };
+        (
+            feature.wrapping_mul(LINE as u32).wrapping_add(within),
+            inside,
+        )
     }
 
     /// The bin of a strength that isn't inside, if it is above, counted from the window's first.
@@ -101,21 +103,21 @@ impl Layout {
         (bin < BINS).then(|| bin.wrapping_sub(self.base()))
     }
 
-    /// What it adds to a sum, if its bin is at most two octaves above the window.
+    /// What it adds to a sum, if its bin is less than two octaves above the window.
     pub fn term_above(self, bits: u32) -> u64 {
         self.term(bits).into()
     }
 
-    /// A strength inside in 12 bits, rounded down: never less for a larger one.
+    /// A strength inside in 16 bits, rounded down: never less for a larger one.
     #[inline(always)]
     pub fn coarse(self, bits: u32) -> u32 {
         bits.wrapping_sub(self.lowest << MANTISSA_BITS) >> COARSE_SHIFT
     }
 
     /// What [`Layout::coarse`] is at least for strengths inside that are not below this one.
-    pub fn coarse_floor(self, bits: u32) -> u32 {
+    pub fn coarse_floor(self, bits: u32) -> u16 {
         let above = bits.saturating_sub(self.lowest << MANTISSA_BITS);
-        (above >> COARSE_SHIFT).min(COARSE_MOST)
+        u16::try_from(above >> COARSE_SHIFT).unwrap_or(u16::MAX)
     }
 
     /// What to add to a strength's bits so that bits 21 and above are its bin, counted from the
@@ -265,8 +267,9 @@ mod tests {
             for bits in [bits, beside] {
                 let bucket = (bits >> (MANTISSA_BITS - 4)) as usize % 16;
                 let bin = bits.wrapping_add(table[bucket]) >> BIN_SHIFT;
-                let inside = layout.place(0, bits).0 as usize - FIRST;
-                prop_assert_eq!((bin as usize).min(WINDOW), inside);
+                let (place, inside) = layout.place(0, bits);
+                prop_assert_eq!(bin < WINDOW as u32, inside);
+                prop_assert!(!inside || bin + FIRST as u32 == place);
             }
         }
     }
@@ -305,7 +308,7 @@ mod tests {
                     // Floors in 12 bits keep out none that reaches them.
                     for &other in &values {
                         let floor = layout.coarse_floor(other.to_bits());
-                        prop_assert!(value < other || layout.coarse(value.to_bits()) >= floor);
+                        prop_assert!(value < other || layout.coarse(value.to_bits()) >= floor.into());
                     }
                 }
             }
