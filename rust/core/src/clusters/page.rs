@@ -132,13 +132,7 @@ impl<'a> Pages<'a> {
             page.positions[position_bin(spot.position)] += 1;
             each(number, spot, strength);
         }
-        if self.options.tokens > 0 {
-            for &key in keys.iter() {
-                let (row, strength) = ((key >> 32) as usize, f32::from_bits(key as u32));
-                self.tally.add(&places, row, strength, page.largest);
-            }
-        }
-        page.lifts = self.tally.finish(self.options.tokens);
+        page.lifts = self.tally.lifts(keys, page.largest, self.options.tokens);
         page.negatives = self.negatives(seed, keys);
         for key in keys.iter_mut() {
             *key = u64::from(!(*key as u32)) << 32 | *key >> 32;

@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use super::place::Places;
+use crate::simd::fetch;
 
 /// Where tokens are looked for: before the token it fires on, there, and after it.
 pub const OFFSETS: [i32; 3] = [-1, 0, 1];
@@ -12,12 +13,20 @@ const SHRINKAGE: f64 = 4.0;
 /// A strength is counted as a whole number of these parts of the feature's largest: sums of whole
 /// numbers don't depend on their order.
 const WEIGHT: f64 = (1 << 30) as f64;
+/// Rows lie anywhere: their tokens are fetched so many activations before they are read.
+const AHEAD: usize = 16;
+/// Of a row whose text has a token before it, or after it.
+const BEFORE: u32 = 1 << 30;
+const AFTER: u32 = 1 << 31;
+const TOKEN: u32 = BEFORE - 1;
 
-/// How often each token stands at each offset of any token.
+/// How often each token stands at each offset of any token, and the token of each row.
 #[derive(Debug)]
 pub struct Bases {
-    counts: [Vec<u64>; 3],
-    totals: [u64; 3],
+    /// The share of each token.
+    shares: [Vec<f64>; 3],
+    /// Of each row the token, with [`BEFORE`] and [`AFTER`]: a fifth of what a place takes.
+    tokens: Vec<u32>,
 }
 
 impl Bases {
@@ -25,22 +34,43 @@ impl Bases {
     pub fn of(places: &Places<'_>) -> Self {
         let largest = places.rows().iter().map(|place| place.token).max();
         let vocabulary = largest.map_or(0, |token| token as usize + 1);
-        let mut counts = OFFSETS.map(|_| vec![0; vocabulary]);
-        let mut totals = [0; 3];
+        let mut counts = OFFSETS.map(|_| vec![0_u64; vocabulary]);
+        let mut totals = [0_u64; 3];
+        let mut tokens = Vec::with_capacity(places.rows().len());
         for row in 0..places.rows().len() {
+            let mut entry = 0;
             for (at, &offset) in OFFSETS.iter().enumerate() {
                 if let Some(token) = places.token(row, offset) {
                     counts[at][token] += 1;
                     totals[at] += 1;
+                    entry |= [BEFORE, token as u32, AFTER][at];
                 }
             }
+            tokens.push(entry);
         }
-        Self { counts, totals }
+        let shares = [0, 1, 2].map(|at| {
+            let share = |&count: &u64| count as f64 / totals[at] as f64;
+            counts[at].iter().map(share).collect()
+        });
+        Self { shares, tokens }
     }
 
     /// The largest token id and one.
     pub fn vocabulary(&self) -> usize {
-        self.counts[0].len()
+        self.shares[0].len()
+    }
+
+    /// The token at an offset from a row that there is, where the text has one.
+    #[inline]
+    fn token(&self, row: usize, offset: i32) -> Option<usize> {
+        let entry = *self.tokens.get(row)?;
+        let found = match offset {
+            -1 if entry & BEFORE != 0 => *self.tokens.get(row.wrapping_sub(1))?,
+            0 => entry,
+            1 if entry & AFTER != 0 => *self.tokens.get(row + 1)?,
+            _ => return None,
+        };
+        Some((found & TOKEN) as usize)
     }
 }
 
@@ -68,53 +98,65 @@ fn at_most(shrunk: f64, ratio: f64) -> f64 {
     shrunk * f64::from(exponent + 1)
 }
 
-/// Counts one feature's tokens at a time.
+/// The nearest whole number, a half upwards, of what is not negative and less than 2^52.
+#[inline]
+fn rounded(number: f64) -> u64 {
+    let whole = number as i64;
+    whole as u64 + u64::from(number - whole as f64 >= 0.5)
+}
+
+/// Counts one feature's tokens at one offset at a time: what that takes stays in the cache.
 #[derive(Debug)]
 pub struct Tally<'a> {
     bases: &'a Bases,
-    counts: [Vec<(u64, u64)>; 3],
-    touched: [Vec<usize>; 3],
+    /// Of each token how often, and the sum of weights.
+    counts: Vec<(u64, u64)>,
+    touched: Vec<u32>,
 }
 
 impl<'a> Tally<'a> {
     pub fn new(bases: &'a Bases) -> Self {
         Self {
             bases,
-            counts: OFFSETS.map(|_| vec![(0, 0); bases.vocabulary()]),
-            touched: OFFSETS.map(|_| Vec::new()),
+            counts: vec![(0, 0); bases.vocabulary()],
+            touched: Vec::new(),
         }
     }
 
-    /// Counts an activation of a feature whose largest strength is `largest`.
-    #[inline]
-    pub fn add(&mut self, places: &Places<'_>, row: usize, strength: f32, largest: f32) {
-        let weight = (f64::from(strength) / f64::from(largest) * WEIGHT).round() as u64;
+    /// The `n` tokens of best score at each offset, from activations `row << 32 | bits of the
+    /// strength` of which the largest is `largest`.
+    pub fn lifts(&mut self, keys: &[u64], largest: f32, n: usize) -> Vec<Lift> {
+        let mut found = Vec::new();
+        if n == 0 {
+            return found;
+        }
+        let row = |key: u64| (key >> 32) as usize;
         for (at, &offset) in OFFSETS.iter().enumerate() {
-            if let Some(token) = places.token(row, offset) {
-                let (count, sum) = &mut self.counts[at][token];
+            self.touched.clear();
+            let (mut total, mut weights) = (0_u64, 0_u64);
+            for (number, &key) in keys.iter().enumerate() {
+                if let Some(&soon) = keys.get(number + AHEAD) {
+                    fetch(&self.bases.tokens, row(soon));
+                }
+                let Some(token) = self.bases.token(row(key), offset) else {
+                    continue;
+                };
+                let strength = f64::from(f32::from_bits(key as u32));
+                let weight = rounded(strength / f64::from(largest) * WEIGHT);
+                let (count, sum) = &mut self.counts[token];
                 if *count == 0 {
-                    self.touched[at].push(token);
+                    self.touched.push(token as u32);
                 }
                 *count += 1;
                 *sum += weight;
+                total += 1;
+                weights += weight;
             }
-        }
-    }
-
-    /// The `n` tokens of best score at each offset, and forgets the feature.
-    pub fn finish(&mut self, n: usize) -> Vec<Lift> {
-        let mut found = Vec::new();
-        for (at, &offset) in OFFSETS.iter().enumerate() {
-            let touched = std::mem::take(&mut self.touched[at]);
-            let counts = &mut self.counts[at];
-            let (total, weights) = touched.iter().fold((0, 0), |(count, weight), &token| {
-                (count + counts[token].0, weight + counts[token].1)
-            });
-            let all = self.bases.totals[at] as f64;
             let mut lifts: Vec<Lift> = Vec::new();
-            for &token in &touched {
-                let (count, weight) = std::mem::take(&mut counts[token]);
-                let base = self.bases.counts[at][token] as f64 / all;
+            for &token in &self.touched {
+                let token = token as usize;
+                let (count, weight) = std::mem::take(&mut self.counts[token]);
+                let base = self.bases.shares[at][token];
                 // Where all are too weak to weigh anything, each counts the same.
                 let weighted_share = match weights {
                     0 => count as f64 / total as f64,
@@ -147,8 +189,6 @@ impl<'a> Tally<'a> {
                 }
             }
             found.extend(lifts);
-            self.touched[at] = touched;
-            self.touched[at].clear();
         }
         found
     }
@@ -160,6 +200,14 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn halves_are_rounded_up(number in 0.0_f64..1e10) {
+            let half = number.floor() + 0.5;
+            for number in [number, number.floor(), half, half.next_down(), half.next_up()] {
+                prop_assert_eq!(rounded(number), number.round() as u64);
+            }
+        }
+
         #[test]
         fn no_score_is_above_its_bound(shrunk in 1e-12_f64..1.0, base in 1e-9_f64..1.0) {
             for ratio in [shrunk / base, 1.0, 2.0, 0.5, 2.0_f64.next_down(), 1e-300] {
