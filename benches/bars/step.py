@@ -24,7 +24,7 @@ from r1sae_fast.train.step import Learner
 
 RATE = 1e-4
 # Before the contest: rows enough that nearly all features have codes, so that they have moments.
-_WARM_ROWS, _WARM_STEPS = 2048, 2
+_WARM_ROWS, _WARM_STEPS = 2048, 3
 Step = Callable[[Tensor], object]
 
 

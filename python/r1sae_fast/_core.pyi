@@ -129,6 +129,8 @@ def adam_update(
     freeze_idle: bool,
     wake: bool,
     threads: int,
+    screen: Screen | None = None,
+    bias: NDArray[np.float32] | None = None,
 ) -> None: ...
 
 # -- shards (rust/python/src/shards.rs) --

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -117,6 +120,17 @@ def best_screen(dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     if kernel in _FAST_KERNELS and dtype in (torch.float32, torch.bfloat16):
         return "int8", kernel
     return "none", ""
+
+
+@dataclass
+class Follower:
+    """A screen's copy of the weights, lent to an optimiser (:meth:`Screen.following`)."""
+
+    core: _core.Screen
+    bias: Tensor
+    """Of the features, as it is after the step."""
+    followed: bool = False
+    """Whether the step has brought the copy up to date."""
 
 
 class Screen:
@@ -287,6 +301,25 @@ class Screen:
         with self._lock:
             if self._core is not None:
                 self._round(rows)
+
+    @contextmanager
+    def following(self) -> Iterator[Follower | None]:
+        """While it is open, the weights may be changed by one step of :func:`optim.update.update`
+        that is given what this yields, and rounds them on its way, and the biases before it. None
+        where there is no copy of the weights as they are, or not on the CPU. What else changes must
+        be told to :meth:`refresh`, and all where the follower didn't follow."""
+        with self._lock:
+            core = self._core
+            if not isinstance(core, _core.Screen) or self._copied != self._state():
+                yield None
+                return
+            follower = Follower(core, self._b)
+            self._copied = None  # should this be interrupted
+            yield follower
+            if follower.followed:
+                if self._changes is not None:
+                    self._copied_bias = self._b.clone()
+                self._copied = self._seen = self._state()
 
     def _round(self, rows: Tensor | None) -> _core.Screen | GpuScreen:
         state = self._state()

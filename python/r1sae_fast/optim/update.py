@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from r1sae_fast import _core
-from r1sae_fast.ops._common import threads
+from r1sae_fast.ops._common import threads, to_rust
 from r1sae_fast.ops._memory import zeros_on_demand
 from r1sae_fast.ops.row_changes import RowChanges
+from r1sae_fast.ops.screen import Follower
 from r1sae_fast.optim.factored import (
     FactoredGradient,
     RustSource,
@@ -41,11 +42,18 @@ class Settings:
     unit_rows: bool = False
 
 
-def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> None:
+def update(
+    parameter: Tensor,
+    state: dict[str, Tensor],
+    settings: Settings,
+    follower: Follower | None = None,
+) -> None:
     """Moves ``parameter`` against its gradients, dense and factored; one of them must be there.
 
     Args:
         state: empty before the first step.
+        follower: a screen of ``parameter``, which rounds rows while they are in cache, where it
+            can: it tells whether it did.
 
     Raises:
         ValueError: a factored gradient for a parameter that Rust can't take.
@@ -72,7 +80,7 @@ def update(parameter: Tensor, state: dict[str, Tensor], settings: Settings) -> N
         changes, version = getattr(parameter, "row_changes", None), parameter._version
         asleep = state.get("asleep")
         slept = None if asleep is None else asleep > 0
-        wake = _fused_step(settings, state, arrays, combined)
+        wake = _fused_step(settings, state, arrays, combined, follower)
         # Torch didn't see it, and who keeps a copy of the weights asks torch.
         torch.autograd.graph.increment_version(parameter)
         if isinstance(changes, RowChanges):
@@ -98,9 +106,12 @@ def _fused_step(
     state: dict[str, Tensor],
     arrays: list[NDArray[np.float32]],
     factored: FactoredGradient,
+    follower: Follower | None,
 ) -> bool:
     """The step in Rust, in place. Returns whether rows that slept may have moved."""
     w, m, v = arrays
+    if factored.products:
+        follower = None  # for all rows at once only
     # Which rows rest (see the Rust core), and the least learning rate since one fell asleep.
     asleep = state.get("asleep")
     if asleep is None or asleep.dtype != torch.int64:
@@ -131,6 +142,8 @@ def _fused_step(
             freeze_idle=settings.untouched == "freeze",
             wake=wake,
             threads=threads(w.size),
+            screen=None if follower is None else follower.core,
+            bias=None if follower is None else to_rust(follower.bias),
         )
 
     in_products = factored.in_products()
@@ -141,6 +154,8 @@ def _fused_step(
         part = FactoredGradient(factored.d_sae, factored.d_in)
         part.add_rows(features, block)
         update(part.rust_sources(), features)
+    if follower is not None:
+        follower.followed = True
     return wake
 
 

@@ -7,6 +7,7 @@ how badly the dead features explain what the others left over (auxk, arXiv:2406.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -204,22 +205,36 @@ class Learner:
             total=self.ranks.total,
             shared=[self.parameters[name] for name in _SHARED if name in self.parameters],
         )
-        for name, parameter in self.parameters.items():
-            settings = Settings(
-                learning_rate,
-                betas=config.betas,
-                untouched="decay" if config.adam == "dense" else "freeze",
-                unit_rows=name == "decoder",
-            )
-            before = parameter.clone() if name == "b_enc" else None
-            update(parameter, self.adam_state[name], settings)
-            if before is not None:
-                moved = parameter != before
+        with self._follower() as follower:
+            # The encoder last: who follows it takes the biases as they will be.
+            for name in sorted(self.parameters, key="encoder".__eq__):
+                settings = Settings(
+                    learning_rate,
+                    betas=config.betas,
+                    untouched="decay" if config.adam == "dense" else "freeze",
+                    unit_rows=name == "decoder",
+                )
+                parameter = self.parameters[name]
+                before = parameter.clone() if name == "b_enc" else None
+                update(
+                    parameter,
+                    self.adam_state[name],
+                    settings,
+                    follower if name == "encoder" else None,
+                )
+                if before is not None:
+                    moved = parameter != before
         rows = {name: self._moved_rows(name) for name in ("encoder", "decoder")}
+        if follower is not None and follower.followed:
+            return
         in_encoder = rows["encoder"]
         if in_encoder is not None:
             in_encoder = in_encoder | moved
         self.weights_changed(in_encoder, rows["decoder"])
+
+    def _follower(self) -> AbstractContextManager[ops.screen.Follower | None]:
+        """The screen, where Adam's weights are those that it is of."""
+        return nullcontext() if self.rounded is not None else self.screen.following()
 
     def _moved_rows(self, name: str) -> Tensor | None:
         """Rows that the last update may have changed, ``[features]`` bool; None for any."""

@@ -32,7 +32,7 @@ enum Choice<'py> {
 
 impl Screen {
     /// A panic elsewhere can't leave less than the next refresh mends.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Core> {
+    pub(crate) fn lock(&self) -> std::sync::MutexGuard<'_, Core> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

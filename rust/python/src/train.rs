@@ -14,7 +14,8 @@ use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
 use crate::interrupt::run_with_torch;
-use crate::ops::slice;
+use crate::ops::{options, slice};
+use crate::screen::Screen;
 
 /// As many codes are sorted, and as many multiplications done, in milliseconds.
 const MANY_CODES: usize = 1 << 20;
@@ -185,10 +186,11 @@ fn gradient_norm_bound(
         .map_err(to_py)
 }
 
-/// One step of Adam, in place. Not interruptible: a step is taken whole.
+/// One step of Adam, in place. Not interruptible: a step is taken whole. A `screen` of `w`, with its
+/// `bias`, is brought up to date meanwhile; then the step is of all features.
 #[pyfunction]
 #[pyo3(signature = (w, m, v, asleep, sources, features, *, number, learning_rate, beta1, beta2, eps, scale,
-                    unit_rows, freeze_idle, wake, threads))]
+                    unit_rows, freeze_idle, wake, threads, screen = None, bias = None))]
 #[expect(
     clippy::too_many_arguments,
     reason = "named ones, of one call in Python"
@@ -211,6 +213,8 @@ fn adam_update<'py>(
     freeze_idle: bool,
     wake: bool,
     threads: usize,
+    screen: Option<Bound<'py, Screen>>,
+    bias: Option<PyReadonlyArray1<'py, f32>>,
 ) -> PyResult<()> {
     let simd = Simd::active().map_err(to_py)?;
     let d_in = w.shape()[1];
@@ -239,7 +243,19 @@ fn adam_update<'py>(
         },
         wake,
     };
-    py.detach(|| adam::update(state, d_in, &sources, features, &step, simd, threads))
+    let Some(screen) = screen else {
+        return py
+            .detach(|| adam::update(state, d_in, &sources, features, &step, simd, threads))
+            .map_err(to_py);
+    };
+    let (Some(bias), None) = (&bias, features) else {
+        return Err(PyValueError::new_err(
+            "a screen to follow; expected its bias, and no choice of features",
+        ));
+    };
+    let (bias, screen) = (slice(bias)?, screen.get());
+    let options = options(true, threads)?;
+    py.detach(|| screen.lock().update(state, &sources, &step, bias, options))
         .map_err(to_py)
 }
 

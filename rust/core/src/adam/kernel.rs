@@ -9,45 +9,10 @@ const LANES: usize = 16;
 /// How far ahead of the arithmetic its rows are asked for, bytes: the hardware foresees no page.
 const AHEAD: usize = 1024;
 
-/// The root of a mean square.
-trait Root {
-    fn of(square: f32) -> f32;
-}
-
-/// As the CPU rounds it.
-struct Exact;
-
-impl Root for Exact {
-    #[inline(always)]
-    fn of(square: f32) -> f32 {
-        square.sqrt()
-    }
-}
-
-/// To three units in the last place for normal numbers, below 1e-18 for all smaller ones, in half
-/// the time: Newton's iteration for `1 / sqrt` from the exponent's half, which takes multiplications
-/// alone and so is the same on every CPU.
-struct Newton;
-
-impl Root for Newton {
-    #[inline(always)]
-    fn of(square: f32) -> f32 {
-        let half = 0.5 * square;
-        let mut inverse = f32::from_bits(0x5F37_5A86 - (square.to_bits() >> 1));
-        for _ in 0..3 {
-            inverse *= 1.5 - half * inverse * inverse;
-        }
-        square * inverse
-    }
-}
-
-/// From this eps on what [`Newton`] does with the smallest numbers doesn't show beside it.
-const EPS_OF_NEWTON: f32 = 1e-10;
-
 /// The step of one number, downwards.
 #[inline(always)]
-fn stride<R: Root>(mean: f32, square: f32, by: &Factors) -> f32 {
-    by.step_size * mean / (R::of(square) * by.root_correction + by.eps)
+fn stride(mean: f32, square: f32, by: &Factors) -> f32 {
+    by.step_size * mean / (square.sqrt() * by.root_correction + by.eps)
 }
 
 /// Asks for what a pass over a row will come to soon; past its end that is the next row.
@@ -73,13 +38,7 @@ pub(super) struct Moving<'a> {
 /// `m` and `v` follow the gradient less `along` times the row, and `w` goes against it.
 /// Returns the square of its new norm.
 #[inline(always)]
-fn touched_by<R: Root>(
-    row: Moving<'_>,
-    gradient: &[f32],
-    along: f32,
-    decay: Decay,
-    by: &Factors,
-) -> f32 {
+fn touched_body(row: Moving<'_>, gradient: &[f32], along: f32, decay: Decay, by: &Factors) -> f32 {
     let w = row.w;
     let len = w.len();
     let (m, v) = (&mut row.m[..len], &mut row.v[..len]);
@@ -88,7 +47,7 @@ fn touched_by<R: Root>(
         let g = (gradient - along * *w) * by.scale;
         *m = *m * decay.mean + g * by.rest1;
         *v = *v * decay.square + g * g * by.rest2;
-        *w -= stride::<R>(*m, *v, by);
+        *w -= stride(*m, *v, by);
         *w * *w
     };
     let mut sums = [0.0_f32; LANES];
@@ -118,17 +77,11 @@ fn touched_by<R: Root>(
 /// The same for a gradient of 0, of moments that stay as they are: what they have missed, this step
 /// included, is `decay`. Returns too whether any number would move at twice the step.
 #[inline(always)]
-fn idle_by<R: Root>(
-    w: &mut [f32],
-    m: &[f32],
-    v: &[f32],
-    decay: Decay,
-    by: &Factors,
-) -> (f32, bool) {
+fn idle_body(w: &mut [f32], m: &[f32], v: &[f32], decay: Decay, by: &Factors) -> (f32, bool) {
     let len = w.len();
     let (m, v) = (&m[..len], &v[..len]);
     let one = |w: &mut f32, m: f32, v: f32| {
-        let stride = stride::<R>(m * decay.mean, v * decay.square, by);
+        let stride = stride(m * decay.mean, v * decay.square, by);
         let moved = (*w - 2.0 * stride).to_bits() ^ w.to_bits();
         *w -= stride;
         (*w * *w, moved)
@@ -155,22 +108,6 @@ fn idle_by<R: Root>(
         moved |= bits != 0;
     }
     (sum, moved)
-}
-
-#[inline(always)]
-fn touched_body(row: Moving<'_>, gradient: &[f32], along: f32, decay: Decay, by: &Factors) -> f32 {
-    if by.eps >= EPS_OF_NEWTON {
-        return touched_by::<Newton>(row, gradient, along, decay, by);
-    }
-    touched_by::<Exact>(row, gradient, along, decay, by)
-}
-
-#[inline(always)]
-fn idle_body(w: &mut [f32], m: &[f32], v: &[f32], decay: Decay, by: &Factors) -> (f32, bool) {
-    if by.eps >= EPS_OF_NEWTON {
-        return idle_by::<Newton>(w, m, v, decay, by);
-    }
-    idle_by::<Exact>(w, m, v, decay, by)
 }
 
 #[inline(always)]

@@ -153,6 +153,69 @@ pub fn update(
     simd: Simd,
     threads: usize,
 ) -> Result<()> {
+    let selection = Selection::new(features, state.asleep.len())?;
+    let nothing = |_| Nothing;
+    run(
+        state,
+        d_in,
+        sources,
+        selection,
+        step,
+        (simd, threads, 1),
+        nothing,
+    )
+    .map(|_| ())
+}
+
+/// What is done with a row right after it has moved.
+pub(crate) trait AfterRow: Send {
+    /// In rising order.
+    fn moved(&mut self, feature: usize, w: &[f32]);
+    /// After the last.
+    fn end(&mut self);
+}
+
+struct Nothing;
+
+impl AfterRow for Nothing {
+    fn moved(&mut self, _: usize, _: &[f32]) {}
+    fn end(&mut self) {}
+}
+
+/// As [`update`] of all rows; `after` gives what follows each thread's rows, of ranges in rising order
+/// that begin with a multiple of `align`.
+#[expect(clippy::too_many_arguments, reason = "as many as update has")]
+pub(crate) fn update_then<A: AfterRow>(
+    state: State<'_>,
+    d_in: usize,
+    sources: &[Source<'_>],
+    step: &Step,
+    simd: Simd,
+    threads: usize,
+    align: usize,
+    after: impl FnMut(Range<usize>) -> A,
+) -> Result<Vec<A>> {
+    let all = Selection::new(None, state.asleep.len())?;
+    run(
+        state,
+        d_in,
+        sources,
+        all,
+        step,
+        (simd, threads, align),
+        after,
+    )
+}
+
+fn run<A: AfterRow>(
+    state: State<'_>,
+    d_in: usize,
+    sources: &[Source<'_>],
+    selection: Selection<'_>,
+    step: &Step,
+    (simd, threads, align): (Simd, usize, usize),
+    mut after: impl FnMut(Range<usize>) -> A,
+) -> Result<Vec<A>> {
     let factors = Factors::of(step)?;
     let State { w, m, v, asleep } = state;
     let d_sae = asleep.len();
@@ -164,7 +227,6 @@ pub fn update(
         }
     }
     check_sources(sources, d_sae, d_in)?;
-    let selection = Selection::new(features, d_sae)?;
     // Of the chosen rows only: others may have fallen asleep in this very step.
     let in_past = |last: i64| last.unsigned_abs() < step.number;
     let mut chosen = (0..selection.len()).map(|at| asleep[selection.feature(at)]);
@@ -190,7 +252,7 @@ pub fn update(
         (state + codes).saturating_mul(d_in)
     };
     let mut parts = Vec::new();
-    let ranges = by_cost(selection.len(), threads, cost);
+    let ranges = aligned(by_cost(selection.len(), threads, cost), align);
     let mut rest = (w, m, v, asleep);
     let mut taken = 0;
     for range in ranges {
@@ -209,6 +271,7 @@ pub fn update(
             v: cut(&mut rest.2, skip * d_in, take * d_in),
             asleep: cut(&mut rest.3, skip, take),
             d_in,
+            after: after(first..end),
             range,
         });
         taken = end;
@@ -216,6 +279,17 @@ pub fn update(
     pool::map(parts, |part| part.update(sources, selection))
         .into_iter()
         .collect()
+}
+
+/// The same ranges with their inner ends moved down to multiples of `align`, those without.
+fn aligned(mut ranges: Vec<Range<usize>>, align: usize) -> Vec<Range<usize>> {
+    for at in 1..ranges.len() {
+        let end = ranges[at].start / align * align;
+        ranges[at - 1].end = end;
+        ranges[at].start = end;
+    }
+    ranges.retain(|range| !range.is_empty());
+    ranges
 }
 
 /// The last step that the moments of a row know of, where they don't hear of step `number`: 1 at
@@ -228,8 +302,9 @@ fn known(asleep: i64, number: u64) -> i64 {
 }
 
 /// A thread's rows.
-struct Part<'a> {
+struct Part<'a, A> {
     simd: Simd,
+    after: A,
     step: &'a Step,
     factors: &'a Factors,
     /// Of the selection.
@@ -243,13 +318,14 @@ struct Part<'a> {
     d_in: usize,
 }
 
-impl Part<'_> {
-    fn update(self, sources: &[Source<'_>], selection: Selection<'_>) -> Result<()> {
+impl<A: AfterRow> Part<'_, A> {
+    fn update(self, sources: &[Source<'_>], selection: Selection<'_>) -> Result<A> {
         let Self {
             simd,
             step,
             factors,
             d_in,
+            mut after,
             ..
         } = self;
         let mut row = Row::new(sources, d_in, simd);
@@ -279,6 +355,7 @@ impl Part<'_> {
                     if step.unit_rows {
                         let squared_norm = simd.dot(w, &*w);
                         kernel::multiply(simd, w, 1.0 / squared_norm.sqrt().max(1e-12));
+                        after.moved(feature, w);
                     }
                 }
                 continue;
@@ -325,8 +402,10 @@ impl Part<'_> {
             if step.unit_rows {
                 kernel::multiply(simd, w, 1.0 / squared_norm.sqrt().max(1e-12));
             }
+            after.moved(feature, w);
         }
-        Ok(())
+        after.end();
+        Ok(after)
     }
 }
 

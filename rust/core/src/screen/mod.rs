@@ -25,6 +25,8 @@ mod weights;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod update_tests;
 
 use std::sync::atomic::AtomicU32;
 
@@ -33,13 +35,16 @@ use certificate::Rounding;
 use dither::Dither;
 use search::Search;
 use spread::Spread;
-use weights::{Source, Weights};
+use weights::{Rounder, Source, Weights};
+
+use layout::TILE_ROWS;
 
 pub use kernel::{Kernel, Kind};
 
 use crate::rows::Matrix;
 use crate::select::{Codes, Options, Threshold};
 use crate::simd::Element;
+use crate::{adam, grad};
 use crate::{Cancel, Error, Result};
 
 /// The widest x: sums of 8-bit products must fit into 32 bits.
@@ -182,6 +187,39 @@ impl Screen {
                 .refresh(self.shape, self.weights.tiles.bytes(), options.threads);
         }
         self.is_whole = true;
+        Ok(())
+    }
+
+    /// One step of Adam on the weights, which are rounded while they are in cache. The screen must be of
+    /// `state.w` as it is; the biases, `bias`, may have changed since.
+    ///
+    /// # Errors
+    /// As [`adam::update`]; a screen of other sizes or of bf16 weights: nothing has changed.
+    pub fn update(
+        &mut self,
+        state: adam::State<'_>,
+        sources: &[grad::Source<'_>],
+        step: &adam::Step,
+        bias: &[f32],
+        options: Options,
+    ) -> Result<()> {
+        let (d_in, simd, threads) = (self.shape.d_in, options.simd, options.threads);
+        self.check(Encoder {
+            w: Matrix::new(state.w, bias.len(), d_in)?,
+            bias,
+        })?;
+        // Should anything fail, the next refresh is of all.
+        let was_whole = std::mem::take(&mut self.is_whole);
+        let mut rounders = self.weights.rounders(self.shape, &self.dither, simd);
+        let take = |features| rounders.take(features);
+        let done = adam::update_then(state, d_in, sources, step, simd, threads, TILE_ROWS, take)?;
+        let found = done.into_iter().map(Rounder::finish).collect();
+        self.weights.followed(found, bias);
+        if self.shape.kind == Kind::Int8 {
+            self.spread
+                .refresh(self.shape, self.weights.tiles.bytes(), threads);
+        }
+        self.is_whole = was_whole;
         Ok(())
     }
 
