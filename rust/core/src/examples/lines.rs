@@ -125,6 +125,7 @@ impl Lines {
     }
 
     /// How many features.
+    #[cfg(target_arch = "x86_64")]
     pub fn len(&self) -> usize {
         self.lines.len()
     }

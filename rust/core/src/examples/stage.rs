@@ -62,6 +62,7 @@ impl Layout {
     }
 
     /// The biased exponent of the smallest strengths inside.
+    #[cfg(target_arch = "x86_64")]
     pub fn lowest(self) -> u32 {
         self.lowest
     }
@@ -143,6 +144,7 @@ impl Layout {
 }
 
 /// See [`Layout::to_bins`].
+#[cfg(target_arch = "x86_64")]
 pub(super) const BIN_SHIFT: u32 = MANTISSA_BITS - 2;
 
 /// Some codes.
