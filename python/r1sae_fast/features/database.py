@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from r1sae_fast.errors import DatabaseError
 from r1sae_fast.features.build import Plan, build
 from r1sae_fast.features.clustering import Keep, default_threads, require_memory
 from r1sae_fast.features.contexts import contexts
@@ -185,18 +186,27 @@ class FeatureDB(Questions):
                 feature, count, None, mean, largest, None, no_segments, None, labels
             )
         segments = ", ".join(f"density_{name}" for name in names)
-        count, density, mean, largest, histogram, clarity, *densities = self._fetch(
+        found = self._fetch(
             f"SELECT count, density, mean, max, histogram, clarity, {segments} FROM features "
             "WHERE feature_id = ?",
             [feature],
-        )[0]
+        )
+        if not found:
+            raise DatabaseError(
+                f"{self.path}: no row of feature {feature} in the table features; restore the file "
+                "or build it again"
+            )
+        count, density, mean, largest, histogram, clarity, *densities = found[0]
+        edges = self.histogram_edges
+        if histogram is None or edges is None or len(edges) != len(histogram) + 1:
+            histogram = None
         return FeatureSummary(
             feature,
-            count,
+            count or 0,
             density,
             mean,
             largest,
-            tuple(histogram),
+            None if histogram is None else tuple(histogram),
             dict(zip(names, densities, strict=True)),
             clarity,
             labels,

@@ -20,9 +20,12 @@ from r1sae_fast.features.opening import damaged, is_damage
 from r1sae_fast.features.released import largest_feature
 from r1sae_fast.features.schema import REQUIRED
 from r1sae_fast.features.stream import arrow_table
-from r1sae_fast.features.text import visible
+from r1sae_fast.features.text import brief, visible
 
 Self = TypeVar("Self", bound="DatabaseFile")
+
+
+_MOST = 1 << 31  # features
 
 
 class DatabaseFile:
@@ -61,7 +64,13 @@ class DatabaseFile:
     def d_sae(self) -> int:
         """The number of features; for a file that does not say, one more than the largest id."""
         if "d_sae" in self.metadata:
-            return int(self.metadata["d_sae"])
+            told = self.metadata["d_sae"]
+            if not (isinstance(told, str) and told.isdecimal() and int(told[:20]) < _MOST):
+                raise DatabaseError(
+                    f"{self.path}: meta says d_sae = {brief(str(told), 40)}; expected the number "
+                    "of features: restore the file or build it again"
+                )
+            return int(told)
         with self._cursor() as cursor:
             try:
                 largest = largest_feature(cursor)
@@ -76,8 +85,11 @@ class DatabaseFile:
     @cached_property
     def histogram_edges(self) -> tuple[float, ...] | None:
         """The edges of the histograms' bins; None if the file has no histograms."""
-        edges = self.metadata.get("histogram_edges")
-        return None if edges is None else tuple(json.loads(edges))
+        try:
+            edges = json.loads(self.metadata.get("histogram_edges") or "null")
+            return None if edges is None else tuple(map(float, edges))
+        except (ValueError, TypeError, RecursionError):
+            return None
 
     def sql(self, query: str, parameters: Sequence[object] | None = None) -> pa.Table:
         """The result of any query that reads, as an Arrow table.

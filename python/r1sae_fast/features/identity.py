@@ -45,7 +45,7 @@ class Origin:
             else None,
             _text(source.get("model", metadata.get("model"))),
             _text(source.get("model_fingerprint")),
-            int(str(layer)) if str(layer).isdigit() else None,
+            int(str(layer)) if str(layer).isdecimal() else None,
         )
 
     def require_sae(self, sae: FastSAE) -> None:
@@ -98,7 +98,7 @@ def require_same_sae(one: Origin, other: Origin) -> None:
 def _read_json(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -34,7 +34,7 @@ def labellers(fetch: Fetch, columns: Columns) -> tuple[Labeller, ...]:
         f"""
         SELECT a.model_name, a.prompt_version, a.labels, s.score FROM (
             SELECT model_name, prompt_version, count(DISTINCT feature_id) AS labels
-            FROM autointerp GROUP BY ALL
+            FROM autointerp WHERE label IS NOT NULL GROUP BY ALL
         ) a {scored}
         ORDER BY a.model_name IS NOT DISTINCT FROM '{MODEL_NAME}', s.score DESC NULLS LAST,
                  a.labels DESC, a.model_name, a.prompt_version"""
@@ -59,7 +59,8 @@ def labels_of(
             scores.setdefault((model, version), []).append(Score(*score))
     rows = fetch(
         "SELECT label, quality, interestingness, model_name, prompt_version FROM autointerp "
-        "WHERE feature_id = ? ORDER BY model_name, prompt_version, label",
+        "WHERE feature_id = ? AND label IS NOT NULL "
+        "ORDER BY model_name, prompt_version, label",
         [feature],
     )
     labels = [

@@ -281,8 +281,8 @@ class Questions(DatabaseFile, ABC):
         for name, number, least in (("n", n, 0), ("window", window, 0), ("batch", batch, 1)):
             if number < least:
                 raise ValueError(f"{name} is {number}; expected at least {least}")
-        chosen = list(range(self.d_sae)) if features is None else list(features)
-        for feature in chosen:
+        chosen = range(self.d_sae) if features is None else list(features)
+        for feature in features or ():
             self._known(feature)
         logits = self._logits(sae, model)
         tokens = self._fetch("SELECT count(*) FROM tokens")[0][0]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 import pyarrow as pa
 
 from r1sae_fast.features.query.frame import ArrowFrame
-from r1sae_fast.features.text import visible
+from r1sae_fast.features.text import brief
 
 Record = TypeVar("Record", bound="TopExample | SearchHit")
 
@@ -46,7 +46,7 @@ class TopExample:
         """The context as text, the token marked «so»; unprintable characters made visible."""
         pieces = []
         for token in self.context:
-            piece = f"[{token.token}]" if token.text is None else visible(token.text)
+            piece = f"[{token.token}]" if token.text is None else brief(token.text, 200)
             pieces.append(f"«{piece}»" if token.token_idx == self.token_idx else piece)
         return "".join(pieces)
 

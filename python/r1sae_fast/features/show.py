@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1sae_fast.features.results import TopExample
-from r1sae_fast.features.text import quoted, visible
+from r1sae_fast.features.text import brief, quoted, visible
 
 if TYPE_CHECKING:
     from r1sae_fast.features.summary import FeatureSummary, Label
@@ -48,7 +48,7 @@ def label_text(label: str, model_name: str | None) -> Text:
     """A label with its origin."""
     origin = "counted" if model_name == "statistics" else f"by {model_name or 'unknown'}"
     # Text, not markup: a label may hold square brackets.
-    return Text.assemble((visible(label), "bold"), (f"  ({visible(origin)})", "dim"))
+    return Text.assemble((brief(label), "bold"), (f"  ({brief(origin, 100)})", "dim"))
 
 
 def heat(context: TopExample, scale: float, *, marks: bool = False) -> Text:
@@ -65,7 +65,7 @@ def heat(context: TopExample, scale: float, *, marks: bool = False) -> Text:
             text.append(f"[{visible(token.segment)}]", style="italic dim")
             opens = True
         segment = token.segment
-        piece = f"[{token.token}]" if token.text is None else visible(token.text)
+        piece = f"[{token.token}]" if token.text is None else brief(token.text, 200)
         if opens and not piece.startswith(" "):
             text.append(" ")
         opens = False

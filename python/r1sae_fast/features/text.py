@@ -20,6 +20,12 @@ def visible(text: str) -> str:
     return "".join(map(_visible, text))
 
 
+def brief(text: str, most: int = 1000) -> str:
+    """As :func:`visible`, cut after so many characters: nobody reads on, and a file of unknown
+    origin may have megabytes there."""
+    return visible(text) if len(text) <= most else f"{visible(text[:most])}…"
+
+
 def _visible(character: str) -> str:
     if character in _SPECIAL:
         return _SPECIAL[character]

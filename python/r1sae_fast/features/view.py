@@ -177,7 +177,8 @@ def _related(
     if table not in tables:
         return ()
     rows = fetch(
-        f"SELECT other_id, {column} FROM {table} WHERE feature_id = ? ORDER BY rank LIMIT {n}",
+        f"SELECT other_id, {column} FROM {table} WHERE feature_id = ? AND other_id IS NOT NULL "
+        f"AND {column} IS NOT NULL ORDER BY rank LIMIT {n}",
         [feature],
     )
     labels = shown_labels(fetch, tables, [row[0] for row in rows], chosen)

@@ -62,7 +62,7 @@ def summary(run: LabelRun) -> list[str]:
     if run.before:
         lines.append(f"{run.before:,} were labelled before ({run.prompt_version})")
     if run.replayed:
-        lines.append(f"{run.replayed:,} answers were there from a run that was stopped")
+        lines.append(f"{run.replayed:,} answers were there from an earlier run")
     if run.lost:
         lines.append(f"{run.lost:,} tries gave no answer, but may be billed")
     if run.skipped:

@@ -24,6 +24,7 @@ Place = tuple[int, int]
 """Sequence, and number of the window in it."""
 
 _SPARE = 2  # so many times the windows needed are drawn: some are dropped as repeats
+_MOST_LETTERS = 500  # of a token: a file of unknown origin may have megabytes, to be paid for
 _RANGES = 64  # in one query
 
 
@@ -239,7 +240,9 @@ class Sampler:
                         "numbers. Build the database with a tokenizer (--tokenizer)"
                     )
                 place = (row["sequence_id"], row["token_idx"] // context)
-                tokens.setdefault(place, []).append((row["token_idx"], row["decoded_token"]))
+                tokens.setdefault(place, []).append(
+                    (row["token_idx"], row["decoded_token"][:_MOST_LETTERS])
+                )
         strengths: dict[Place, float] = {}
         if tokens and feature is not None:
             within = ", ".join(f"({int(sequence)}, {int(part)})" for sequence, part in tokens)

@@ -151,6 +151,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files there.")] = False,
 ) -> None:
     """Write each table as a parquet file, or features for the pages of others."""
+    from r1sae_fast.features.text import visible
+
     with open_database(database) as db:
         if to is Formats.parquet:
             files = db.export(folder, overwrite=overwrite)
@@ -169,7 +171,7 @@ def export(
                 overwrite=overwrite,
             )
     for file in files:
-        typer.echo(str(file))
+        typer.echo(visible(str(file)))
 
 
 def _integers(text: str) -> list[int]:

@@ -69,7 +69,7 @@ def _read(
     labels = _grouped(
         fetch(
             "SELECT feature_id, label, model_name, prompt_version FROM autointerp "
-            f"WHERE {chosen} ORDER BY ALL"
+            f"WHERE {chosen} AND label IS NOT NULL ORDER BY ALL"
         )
         if "autointerp" in tables
         else []

@@ -53,7 +53,8 @@ class Activity:
         """All activations of each feature, in ascending order."""
         table = self.query(
             "SELECT feature_id, strength::DOUBLE AS strength FROM activations "
-            f"WHERE feature_id IN ({', '.join(map(str, features))}) ORDER BY ALL"
+            f"WHERE feature_id IN ({', '.join(map(str, features))}) AND isfinite(strength) "
+            "ORDER BY ALL"
         )
         ids, values = (table[name].to_numpy() for name in ("feature_id", "strength"))
         starts = np.searchsorted(ids, features)
@@ -67,7 +68,7 @@ def vis_data(pages: Sequence[Page], activity: Activity) -> dict[str, Any]:
     """
     pages = [page for page in pages if page.contexts]
     features = [page.feature_id for page in pages]
-    strengths = activity.strengths(features)
+    strengths = [v if len(v) else np.zeros(1) for v in activity.strengths(features)]
     logits = [None] * len(pages) if activity.logits is None else activity.logits.of(features)
     return {
         "feature_data_dict": {

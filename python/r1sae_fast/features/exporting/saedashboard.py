@@ -93,13 +93,13 @@ def figures(page: Page, target: Target) -> dict[str, Any]:
 
 def histogram(page: Page, target: Target) -> tuple[list[float], list[float]]:
     """Heights, and the middles of the bins, of the part that holds anything."""
-    if page.histogram is None or target.edges is None:
+    edges = target.edges or ()
+    if page.histogram is None or len(edges) != len(page.histogram) + 1:
         return [], []
     filled = [i for i, count in enumerate(page.histogram) if count]
     if not filled:
         return [], []
     shown = range(filled[0], filled[-1] + 1)
-    edges = target.edges
     return (
         [float(page.histogram[i]) for i in shown],
         [round((edges[i] + edges[i + 1]) / 2, 6) for i in shown],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from html import escape
 
-from r1sae_fast.features.text import visible
+from r1sae_fast.features.text import brief
 
 _RULES = (
     (
@@ -53,7 +53,7 @@ _STYLE = "".join(f".r1-page{selector}{{{rule}}}" for selector, rule in _RULES)
 
 def escaped(text: str) -> str:
     """Text from a database for HTML: markup is text, and no control character is left."""
-    return escape(visible(text), quote=True)
+    return escape(brief(text), quote=True)
 
 
 def framed(body: str) -> str:

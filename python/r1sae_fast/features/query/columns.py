@@ -45,6 +45,7 @@ def best_labels(tables: Columns, chosen: Who | None) -> str:
         FROM autointerp a LEFT JOIN ({scored}) s
             ON s.feature_id = a.feature_id AND s.model_name IS NOT DISTINCT FROM a.model_name
             AND s.prompt_version IS NOT DISTINCT FROM a.prompt_version
+        WHERE a.label IS NOT NULL
         QUALIFY row_number() OVER (PARTITION BY a.feature_id ORDER BY{_chosen_first(chosen)}
             a.model_name IS NOT DISTINCT FROM '{MODEL_NAME}', s.score DESC NULLS LAST,
             a.model_name, a.prompt_version, a.label) = 1"""
