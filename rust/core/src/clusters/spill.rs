@@ -207,8 +207,10 @@ impl Spill {
     }
 }
 
-/// See [`Spill::writer`].
+/// See [`Spill::writer`]. Those of two threads lie side by side, and each record counts: in lines of
+/// the cache of their own.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Writer<'s> {
     spill: &'s Spill,
     /// So many records may be held back.
