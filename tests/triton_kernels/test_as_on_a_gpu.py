@@ -14,8 +14,7 @@ import torch
 
 from r1sae_fast import FastSAE, ops
 from r1sae_fast.errors import NonFiniteError
-from r1sae_fast.ops import _cuda, _device
-from r1sae_fast.ops import screen as screens
+from r1sae_fast.ops import _cuda, _device, choice
 from r1sae_fast.train import TrainConfig
 from r1sae_fast.train.step import Learner
 
@@ -43,7 +42,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         library.impl(name, listed(name, function), key, allow_override=True)
     if not ON_GPU:
         monkeypatch.setattr(_device, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(screens, "_FEWEST_OF_ALL", 1)
+    monkeypatch.setattr(choice, "_FEWEST_OF_ALL", 1)
     yield names
     library._destroy()
 

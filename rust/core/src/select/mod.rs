@@ -72,6 +72,11 @@ impl<E: Element> Part<E> {
     /// Ends a row with these keys, sorting them.
     fn push_row(&mut self, keys: &mut [u64]) {
         keys.sort_unstable();
+        self.push_sorted(keys);
+    }
+
+    /// Ends a row with these keys, which rise.
+    fn push_sorted(&mut self, keys: &[u64]) {
         self.counts.push(keys.len());
         let decoded = keys.iter().map(|key| value_of(*key));
         self.values

@@ -27,7 +27,7 @@ pub fn topk<E: Element>(
         part.values.reserve(range.len() * k);
         part.indices.reserve(range.len() * k);
         let mut maxima = vec![0.0_f32; groups];
-        let mut keys = Vec::new();
+        let (mut keys, mut scratch) = (Vec::new(), Vec::new());
         let mut edge = Edge::default();
         let last = range.end;
         for row in range {
@@ -73,11 +73,8 @@ pub fn topk<E: Element>(
                     options.simd.collect_above(values, bound, &mut keys);
                 }
             }
-            if keys.len() > k {
-                keys.select_nth_unstable(k);
-                keys.truncate(k);
-            }
-            part.push_row(&mut keys);
+            options.simd.keep_smallest(&mut keys, k, &mut scratch);
+            part.push_sorted(&keys);
             if let Some(least) = keys.last().filter(|_| keys.len() == k) {
                 edge.learn_kth(value_of(*least).0, !is_done);
             }

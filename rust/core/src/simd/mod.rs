@@ -173,6 +173,10 @@ pub(crate) fn fetch<T>(items: &[T], at: usize) {
     let _ = (items, at);
 }
 
+/// As many keys are put in order faster by comparing each with all others than by sorting.
+#[cfg(target_arch = "x86_64")]
+const MOST_RANKED: usize = 192;
+
 /// Calls the twin of `self.0`.
 macro_rules! dispatch {
     ($self:ident, $name:ident ( $($argument:expr),* )) => {
@@ -220,6 +224,23 @@ impl Simd {
         keys: &mut Vec<u64>,
     ) -> bool {
         dispatch!(self, collect_finite_above(row, bound, keys))
+    }
+
+    /// Keeps the `keep` smallest of keys that all differ (as [`key_of`] makes them), in rising order.
+    #[inline]
+    pub(crate) fn keep_smallest(self, keys: &mut Vec<u64>, keep: usize, scratch: &mut Vec<u64>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Level::Avx512 && keys.len() <= MOST_RANKED {
+            // SAFETY: a Simd of this level is only made after AVX-512F was detected.
+            unsafe { x86::avx512::keep_smallest(keys, keep, scratch) };
+            return;
+        }
+        let _ = scratch;
+        if keep < keys.len() {
+            keys.select_nth_unstable(keep);
+            keys.truncate(keep);
+        }
+        keys.sort_unstable();
     }
 
     /// How many values are not below `bound`.

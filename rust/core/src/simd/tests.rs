@@ -192,3 +192,21 @@ fn unknown_levels_are_refused() {
     assert_eq!(super::parse("auto").unwrap(), Simd::best());
     assert_eq!(super::parse("scalar").unwrap().level(), Level::Scalar);
 }
+
+proptest! {
+    #[test]
+    fn the_smallest_keys_in_order(
+        keys in prop::collection::hash_set(any::<u64>().prop_map(|key| key >> 1), 0..260),
+        keep in 0..300_usize,
+    ) {
+        let keys: Vec<u64> = keys.into_iter().collect();
+        let mut expected = keys.clone();
+        expected.sort_unstable();
+        expected.truncate(keep);
+        for simd in twins() {
+            let (mut found, mut scratch) = (keys.clone(), vec![7; 3]);
+            simd.keep_smallest(&mut found, keep, &mut scratch);
+            prop_assert_eq!(&found, &expected, "{:?}", simd);
+        }
+    }
+}

@@ -2,9 +2,11 @@
 
 use std::arch::x86_64::{
     __m512, _mm512_add_ps, _mm512_and_epi32, _mm512_castps_si512, _mm512_cmp_ps_mask,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_max_epi32, _mm512_max_ps, _mm512_reduce_add_ps,
-    _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_setzero_si512, _mm512_storeu_ps, _CMP_GE_OQ, _CMP_GT_OQ, _CMP_UNORD_Q,
+    _mm512_cmplt_epu64_mask, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_mask_add_epi64, _mm512_max_epi32, _mm512_max_ps, _mm512_reduce_add_ps,
+    _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_epi64, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps, _mm512_storeu_si512, _CMP_GE_OQ,
+    _CMP_GT_OQ, _CMP_UNORD_Q,
 };
 
 use super::super::{key_of, scalar, Element, Stored};
@@ -150,6 +152,48 @@ pub(in super::super) fn collect_finite_above<E: Element>(
     }
     push_tail(row, whole, keys, |_| bound);
     are_zero(zeros) & scalar::all_finite(&row[whole..])
+}
+
+/// Keys whose ranks are counted at once, in eight lanes each.
+const RANKED: usize = 32;
+
+/// A key's place is the number of smaller ones: so many comparisons, none of which any other waits for.
+#[target_feature(enable = "avx512f")]
+pub(in super::super) fn keep_smallest(keys: &mut Vec<u64>, keep: usize, scratch: &mut Vec<u64>) {
+    let count = keys.len();
+    let keep = keep.min(count);
+    scratch.clear();
+    scratch.resize(keep, 0);
+    // No key is as large as these, so that they come last.
+    keys.resize(count.next_multiple_of(RANKED), u64::MAX);
+    let one = _mm512_set1_epi64(1);
+    let (groups, _) = keys.as_chunks::<RANKED>();
+    for (first, group) in (0..count).step_by(RANKED).zip(groups) {
+        let mut ranks = [_mm512_setzero_si512(); RANKED / 8];
+        let mut own = ranks;
+        for (vector, own) in own.iter_mut().enumerate() {
+            // SAFETY: a group is four times eight u64.
+            *own = unsafe { _mm512_loadu_si512(group.as_ptr().add(8 * vector).cast()) };
+        }
+        for other in &keys[..count] {
+            let other = _mm512_set1_epi64(*other as i64);
+            for (rank, own) in ranks.iter_mut().zip(own) {
+                let is_smaller = _mm512_cmplt_epu64_mask(other, own);
+                *rank = _mm512_mask_add_epi64(*rank, is_smaller, *rank, one);
+            }
+        }
+        let mut places = [0_u64; RANKED];
+        for (vector, rank) in ranks.into_iter().enumerate() {
+            // SAFETY: as for the loads.
+            unsafe { _mm512_storeu_si512(places.as_mut_ptr().add(8 * vector).cast(), rank) };
+        }
+        for (key, place) in group.iter().zip(places).take(count - first) {
+            if let Some(slot) = scratch.get_mut(place as usize) {
+                *slot = *key;
+            }
+        }
+    }
+    std::mem::swap(keys, scratch);
 }
 
 #[target_feature(enable = "avx512f")]
