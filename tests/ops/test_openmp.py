@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ torch.set_num_threads(2)
 x = torch.randn(300, 4096)
 x.sum(1)
 before = len(os.listdir("/proc/self/task"))
-ops.topk(x, 30)  # short
+ops.topk(x[:200], 30)  # short
 for _ in range(3):
     ops.batch_topk(torch.cat([x] * 4), 30)  # long
 print(len(os.listdir("/proc/self/task")) - before)
@@ -94,6 +95,57 @@ def test_where_there_is_no_libgomp_threads_are_left_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not _openmp._share()
     assert _common.threads(_openmp.LONG) == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (
+            ["{home}.libs/libgomp-24.so", "/env/sklearn.libs/libgomp-a.so.1"],
+            "{home}.libs/libgomp-24.so",
+        ),
+        (["{home}/lib/libiomp5.so", "/env/sklearn.libs/libgomp-a.so.1"], None),
+        (["{home}/lib/libgomp.so.1", "{home}vision.libs/libgomp.so.1"], "{home}/lib/libgomp.so.1"),
+        (["{home}vision.libs/libgomp-24.so", "/usr/lib/libgomp.so.1"], None),
+        (["/usr/lib/libgomp.so.1", "/usr/lib/libc.so.6"], "/usr/lib/libgomp.so.1"),
+        (["/usr/lib/libomp.so", "/usr/lib/libgomp.so.1"], None),
+        (["/usr/lib/libgompertz/libc.so.6"], None),
+    ],
+)
+def test_the_library_is_the_one_that_torch_runs_on(files: list[str], found: str | None) -> None:
+    home = str(Path(torch.__file__).parent)
+    expected = found and found.format(home=home)
+    assert _openmp._of_torch(file.format(home=home) for file in files) == expected
+
+
+_HANDLER = """
+import signal, torch
+from r1sae_fast import FastSAE
+torch.set_num_threads(2)
+sae = FastSAE(d_in=256, d_sae=4096, k=16)
+sae.screen = "int8"
+x = torch.randn(2048, 256)
+expected = sae.encode_sparse(x).indices
+calls, wrong = [], []
+def handler(*_):
+    a = torch.ones(64, 64, dtype=torch.bfloat16)
+    a @ a
+    wrong.extend([1] * (not torch.equal(sae.encode_sparse(x[:300]).indices, first)))
+    calls.append(1)
+first = sae.encode_sparse(x[:300]).indices
+signal.signal(signal.SIGALRM, handler)
+while len(calls) < 10:
+    signal.setitimer(signal.ITIMER_REAL, 0.003)
+    wrong.extend([1] * (not torch.equal(sae.encode_sparse(x).indices, expected)))
+print(len(wrong))
+"""
+
+
+def test_a_signals_handler_may_encode_by_the_same_sae() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HANDLER], capture_output=True, text=True, check=True, timeout=1800
+    )
+    assert done.stdout == "0\n"
 
 
 def test_an_address_is_asked_for() -> None:

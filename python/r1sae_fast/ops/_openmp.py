@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
 import threading
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +28,7 @@ __all__ = ["release_threads"]
 LONG = 1 << 20
 """Numbers read by work that takes much longer than making threads anew."""
 _SOFT = 1  # omp_pause_soft: settings are kept
+_OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*$")
 
 
 def release_threads(numbers: int) -> None:
@@ -47,17 +50,22 @@ def _library() -> ctypes.CDLL | None:
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
         files = [fields[5] for line in maps if len(fields := line.split(None, 5)) == 6]
-        paths = [path for path in dict.fromkeys(files) if "/libgomp" in path]
-        # Other packages may bring their own.
-        paths.sort(key=lambda path: not path.startswith(_beside(torch.__file__)))
-        return ctypes.CDLL(paths[0], mode=os.RTLD_NOLOAD | os.RTLD_NOW) if paths else None
+        path = _of_torch(dict.fromkeys(files))
+        return ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW) if path else None
     except OSError:
         return None
 
 
-def _beside(file: str) -> str:
-    """The start of the paths of a package and of the libraries packed with it: ``.../torch``."""
-    return str(Path(file).parent)
+def _of_torch(files: Iterable[str]) -> str | None:
+    """Torch's libgomp among the files that are loaded: the one that came with it or, where it came
+    with none of any kind and the process has a single one, that. Others are other packages' own."""
+    torch_home = str(Path(torch.__file__).parent)
+    all_openmp = [path for path in files if _OPENMP.search(path)]
+    packed = [
+        path for path in all_openmp if path.startswith((torch_home + "/", torch_home + ".libs/"))
+    ]
+    found = packed or all_openmp
+    return found[0] if len(found) == 1 and "/libgomp" in found[0] else None
 
 
 @lru_cache(maxsize=1)

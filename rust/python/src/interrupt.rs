@@ -53,7 +53,8 @@ where
 }
 
 /// As [`run`], for work on as many threads as torch has: where torch's own threads do it, long work too
-/// stays on this thread, which is one of them, and Python's signal handlers run between two steps.
+/// stays on this thread, which is one of them, and Python's signal handlers run between two steps. So
+/// `work` may hold nothing then that a handler could want: no lock, no state of the CPU.
 pub fn run_with_torch<T, F>(py: Python<'_>, long: bool, work: F) -> PyResult<T>
 where
     T: Send,
@@ -65,14 +66,31 @@ where
     let raised = Arc::new(Mutex::new(None));
     let heard = Arc::clone(&raised);
     let cancel = Cancel::listening(POLL, move || {
-        let error = Python::attach(|py| py.check_signals().err());
-        let is_raised = error.is_some();
-        *heard.lock().unwrap_or_else(PoisonError::into_inner) = error;
-        is_raised
+        let Err(error) = Python::attach(|py| py.check_signals()) else {
+            return false;
+        };
+        *heard.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        true
     });
     let result = py.detach(|| work(&cancel));
     let raised = raised.lock().unwrap_or_else(PoisonError::into_inner).take();
     raised.map_or_else(|| result.map_err(to_py), Err)
+}
+
+/// As [`run_with_torch`], for work in whose midst no handler may run: they run after it. Where it `takes_seconds`,
+/// it is done beside torch's threads, which by then have stopped looking for work.
+pub fn run_undisturbed<T, F>(
+    py: Python<'_>,
+    long: bool,
+    takes_seconds: bool,
+    work: F,
+) -> PyResult<T>
+where
+    T: Send,
+    F: FnOnce(&Cancel) -> Result<T> + Send,
+{
+    let on_team = pool::has_team() && !takes_seconds;
+    run(py, long && !on_team, work)
 }
 
 /// Releases the GIL around `work`; listens for ctrl-c where it is `long`. Work of a few

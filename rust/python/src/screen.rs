@@ -13,13 +13,21 @@ use r1sae_core::select::Threshold;
 use r1sae_core::simd::Simd;
 
 use crate::errors::to_py;
-use crate::interrupt::run_with_torch;
+use crate::interrupt::run_undisturbed;
 use crate::ops::{array, matrix, mixed, options, slice, Crossing, Floats1, Floats2, PyCodes};
 
 /// As many 8-bit products take milliseconds.
 const MANY_PRODUCTS: usize = 1 << 28;
+/// As many take a good part of a second, on CPUs where screens are chosen.
+const PRODUCTS_OF_SECONDS: usize = 1 << 38;
+/// Rounding so many weights takes milliseconds.
+const MANY_WEIGHTS: usize = 1 << 24;
+/// And so many a good part of a second.
+const WEIGHTS_OF_SECONDS: usize = 1 << 29;
 
-/// The rounded copy of an encoder's weights. Calls from several threads take turns.
+/// The rounded copy of an encoder's weights. Calls from several threads take turns; signals' handlers, which
+/// may call it too, run in the midst of none (they would wait for their own thread, or find
+/// the matrix unit set up otherwise than they left it).
 #[pyclass(module = "r1sae_fast._core", frozen)]
 pub struct Screen(Mutex<Core>);
 
@@ -46,10 +54,15 @@ impl Screen {
     ) -> PyResult<PyCodes<'py>> {
         let options = options(check_finite, threads)?;
         let work = x.rows().saturating_mul(w.rows()).saturating_mul(w.width());
-        let codes = run_with_torch(py, work >= MANY_PRODUCTS, |cancel| {
-            self.lock()
-                .encode(x, Encoder { w, bias }, rule, options, cancel)
-        })?;
+        let codes = run_undisturbed(
+            py,
+            work >= MANY_PRODUCTS,
+            work >= PRODUCTS_OF_SECONDS,
+            |cancel| {
+                self.lock()
+                    .encode(x, Encoder { w, bias }, rule, options, cancel)
+            },
+        )?;
         Ok((
             array(py, codes.values),
             PyArray1::from_vec(py, codes.indices),
@@ -66,11 +79,16 @@ impl Screen {
         threads: usize,
     ) -> PyResult<()> {
         let options = options(true, threads)?;
-        let long = w.rows().saturating_mul(w.width()) >= 1 << 24;
-        run_with_torch(py, long, |cancel| {
-            self.lock()
-                .refresh(Encoder { w, bias }, rows, options, cancel)
-        })
+        let weights = w.rows().saturating_mul(w.width());
+        run_undisturbed(
+            py,
+            weights >= MANY_WEIGHTS,
+            weights >= WEIGHTS_OF_SECONDS,
+            |cancel| {
+                self.lock()
+                    .refresh(Encoder { w, bias }, rows, options, cancel)
+            },
+        )
     }
 }
 
@@ -83,10 +101,13 @@ fn new_core<E: Crossing>(
     threads: usize,
 ) -> PyResult<Core> {
     let options = options(true, threads)?;
-    let long = w.rows().saturating_mul(w.width()) >= 1 << 24;
-    run_with_torch(py, long, |cancel| {
-        Core::new(Encoder { w, bias }, kernel, seed, options, cancel)
-    })
+    let weights = w.rows().saturating_mul(w.width());
+    run_undisturbed(
+        py,
+        weights >= MANY_WEIGHTS,
+        weights >= WEIGHTS_OF_SECONDS,
+        |cancel| Core::new(Encoder { w, bias }, kernel, seed, options, cancel),
+    )
 }
 
 #[pymethods]
