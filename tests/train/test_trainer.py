@@ -320,7 +320,7 @@ def test_a_checkpoint_of_a_later_release_is_left_alone(
 ) -> None:
     train(shards, tmp_path / "sae", SMALL, progress=False)
     path = tmp_path / "sae" / "checkpoint.safetensors"
-    later = path.read_bytes().replace(b'\\"version\\": 4', b'\\"version\\": 9', 1)
+    later = path.read_bytes().replace(b'\\"version\\": 5', b'\\"version\\": 9', 1)
     path.write_bytes(later)
     with pytest.raises(CheckpointError, match=r"version 9; .*go on with the package that wrote it"):
         train(shards, tmp_path / "sae", SMALL, progress=False)

@@ -21,7 +21,8 @@ class Adam(torch.optim.Optimizer):
     takes the step and drops the gradient; a row without codes has its moments decayed and moves
     on, as in ``torch.optim.Adam`` (equal to rounding). All other parameters, and dense ``.grad``,
     take the same step in plain torch, or in that pass where they can. Its state is named as
-    torch's, so that state dicts go both ways.
+    torch's, so that state dicts go both ways; read moments there, as in ``optimizer.state`` those
+    of rows without codes lag behind (``"asleep"``: the last step that they know of).
 
     Args:
         params: parameters or groups. A group may set ``unit_rows=True``: its matrices' rows are of
@@ -69,8 +70,8 @@ class Adam(torch.optim.Optimizer):
                     )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, whose Adam may go on from it: rows that sleep get the decays that they have
-        not had yet, in place."""
+        """As torch's, whose Adam may go on from it: rows that rest or sleep get the decays that
+        they have not had yet, in place."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self.state and group["untouched"] == "decay":

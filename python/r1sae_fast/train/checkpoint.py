@@ -27,7 +27,8 @@ FILE = "checkpoint.safetensors"
 # Version 2 knows of rows that sleep (r1sae_fast.optim.Adam); in version 1 none does.
 # Version 3 counts what the last step found.
 # Version 4 has transcoders.
-_FORMAT, _VERSION, _READABLE = "r1sae-train", 4, (1, 2, 3, 4)
+# Version 5 knows of rows that rest: moments that are yet to be multiplied by what they missed.
+_FORMAT, _VERSION, _READABLE = "r1sae-train", 5, (1, 2, 3, 4, 5)
 _METADATA = "r1sae_train"
 _CENTRE, _TARGET_CENTRE = "standardisation.centre", "standardisation.target_centre"
 _DTYPES = {torch.float32: "F32", torch.int64: "I64"}

@@ -232,7 +232,7 @@ fn run<A: AfterRow>(
     let mut chosen = (0..selection.len()).map(|at| asleep[selection.feature(at)]);
     if let Some(last) = chosen.find(|last| !in_past(*last)) {
         return Err(Error::InvalidArgument(format!(
-            "a row sleeps since step {}; this is step {}",
+            "the moments of a row know of step {}; this is step {}",
             last.unsigned_abs(),
             step.number
         )));

@@ -84,6 +84,7 @@ pub(super) fn collect_on(
     };
     let d_sae = accumulator.d_sae();
     run(accumulator, &units, threads, base, scan_unit, |unit| {
+        cancel.check()?;
         let view = &views[unit.part];
         view.check(unit.rows.clone(), &mut Seen::new(d_sae))
             .map(drop)
@@ -129,10 +130,14 @@ pub fn collect_shards(
     };
     let d_sae = accumulator.d_sae();
     run(accumulator, &units, threads, base, scan_unit, |unit| {
+        cancel.check()?;
         let shard = shards.get(unit.part)?;
         let view = CodesView::of_shard(&shard, files[unit.part].first_row)?;
-        view.check(unit.rows.clone(), &mut Seen::new(d_sae))
-            .map(drop)
+        view.check(unit.rows.clone(), &mut Seen::new(d_sae))?;
+        if unit.rows.end == files[unit.part].rows {
+            shards.close(unit.part);
+        }
+        Ok(())
     })
 }
 

@@ -124,7 +124,14 @@ fn scan<const FETCH: bool, V: Value, I: Index>(
 ) -> Stop {
     const { assert!(LINE == 1 << 5 && WIDTH <= AT_ONCE) };
     if lines.len() == 0 {
-        return Stop::Unusual;
+        // No code is of a feature then; rows without codes are nothing to see.
+        while cursor.row < batch.earliness.len() {
+            if cursor.at < batch.offsets[cursor.row + 1] as usize {
+                return Stop::Unusual;
+            }
+            cursor.row += 1;
+        }
+        return Stop::End;
     }
     let layout = lines.layout();
     // SAFETY: the table has 16 numbers.

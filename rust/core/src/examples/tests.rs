@@ -206,6 +206,20 @@ fn long_rows(d_sae: u32) -> impl Strategy<Value = Vec<Vec<(u32, f32)>>> {
     prop::collection::vec(row, 1..16)
 }
 
+#[test]
+fn without_features_there_is_nothing_to_count() {
+    let no_codes = Owned::new(&vec![vec![]; 3], 0);
+    let one_code = Owned::new(&[vec![], vec![(0, 1.0)]], 0);
+    for walker in Walker::all() {
+        let mut accumulator = accumulator_of(0, 2);
+        accumulator.walker = Some(walker);
+        collect_on(&mut accumulator, &[no_codes.view()], 1, &Cancel::new()).unwrap();
+        assert_eq!(parts(&mut accumulator).4, 3, "{walker:?}");
+        let refused = collect_on(&mut accumulator, &[one_code.view()], 1, &Cancel::new());
+        assert!(refused.is_err(), "{walker:?}");
+    }
+}
+
 /// Fewer features than a row of [`long_rows`] may ask for, or two blocks of them.
 const WIDTHS: [usize; 2] = [37, 200];
 
