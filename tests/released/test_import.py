@@ -244,6 +244,32 @@ with new_file(Path(sys.argv[1]), "key", {}) as file:
     assert sum(row_groups(out, "tokens")) == 30_000
 
 
+def test_what_an_earlier_release_left_is_begun_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out.ddb"
+    child = """
+import os, sys
+from pathlib import Path
+from r1sae_fast.features import new_file as module
+if len(sys.argv) > 2:
+    module._STEPS = int(sys.argv[2])
+with module.new_file(Path(sys.argv[1]), "key", {}) as file:
+    print(file.done("tokens"), flush=True)
+    with file.step("tokens"):
+        file.connection.execute("CREATE TABLE IF NOT EXISTS tokens (i INTEGER)")
+    os._exit(7)
+"""
+
+    def done(*steps: str) -> str:
+        command = [sys.executable, "-c", child, str(out), *steps]
+        killed = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert killed.returncode == 7, killed.stderr
+        return killed.stdout
+
+    assert [done("1"), done("1"), done(), done()] == [
+        f"{was_done}\n" for was_done in (False, True, False, True)
+    ]
+
+
 def test_what_an_import_counts(release: Release, tmp_path: Path) -> None:
     """Histograms with their edges, tokens by position, clarity; labels where there are none."""
     bare, labelled = tmp_path / "bare", tmp_path / "labelled"

@@ -24,6 +24,9 @@ _BLOCK_BYTES = "65536"
 leaves a quarter of the file empty. In less than this, bit-packing is not used."""
 _SHORT = "short"
 """In the folder of a file whose row groups are short from now on."""
+_STEPS = 2
+"""Raised whenever what a step writes, or its name, changes: what an earlier release left half done
+is begun anew then, as its steps would be taken for others, or be done twice."""
 
 
 class NewFile:
@@ -98,6 +101,7 @@ def new_file(
     """
     spill = path.with_name(path.name + ".spill.tmp")
     work = path.with_name(path.name + ".work.tmp")
+    key = f"{_STEPS}: {key}"
     require_not_open(path)
     with building_lock(path):
         _require_not_written(temporary_name(path))

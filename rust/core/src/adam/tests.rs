@@ -336,7 +336,7 @@ fn rows_asleep_in_the_future_are_refused() {
     assert!(
         error
             .to_string()
-            .contains("sleeps since step 3; this is step 3"),
+            .contains("know of step 3; this is step 3"),
         "{error}"
     );
 }
