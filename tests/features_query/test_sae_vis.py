@@ -180,6 +180,14 @@ def test_logits(database: FeatureDB, sae: FastSAE, tmp_path: Path) -> None:
         assert all(isinstance(text, str) and text for text in row["pos_str"] + row["neg_str"])
 
 
+def test_a_feature_asked_for_twice_is_there_once(database: FeatureDB, tmp_path: Path) -> None:
+    found = []
+    for name, features in (("once", [2, 3]), ("twice", [2, 2, 3])):
+        (file,) = database.export_pages(tmp_path / name, "saevis", features)
+        found.append(json.loads(file.read_text()))
+    assert found[0] == found[1]
+
+
 def test_what_does_not_belong(database: FeatureDB, sae: FastSAE, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="only one of sae and model"):
@@ -189,7 +197,7 @@ def test_what_does_not_belong(database: FeatureDB, sae: FastSAE, tmp_path: Path)
     other = FastSAE(d_in=sae.W_dec.shape[1], d_sae=13, k=2)
     with pytest.raises(DatabaseError, match="d_sae = 12, this one has 13"):
         database.export_pages(out, "saevis", sae=other, model="tiny-r1")
-    with pytest.raises(ValueError, match="none of these features is ever active"):
+    with pytest.raises(ValueError, match="none of these features has an example"):
         database.export_pages(out, "saevis", [11])
     assert not out.exists()
 

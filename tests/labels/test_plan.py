@@ -154,3 +154,7 @@ def test_the_command_tells_it(
     assert "4 left out, whose answers could not be used: --retry-failed asks again" in told
     assert f"requests     {ALL}, if every answer can be used" in told
     assert f"requests     {5 * ALL}, if" in run("--retry-failed")
+    monkeypatch.setenv("R1SAE_LABEL_MODEL", "another-model")
+    told = run()
+    assert "begun before" not in told
+    assert f"requests     {5 * ALL}, if" in told

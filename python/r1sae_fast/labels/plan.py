@@ -27,9 +27,10 @@ _ANSWERS = {"explain": 60, "score": 20}  # tokens of an answer without reasoning
 class LabelPlan:
     """What would be sent, if every answer can be used.
 
-    ``features`` are to be labelled, ``before`` are already; ``begun`` of them were asked about, and
-    are asked only what no answer was kept to. ``skipped`` have too few windows, ``given_up`` only
-    answers that can't be used, so nothing is asked about them (but with ``retry_failed``).
+    ``features`` are to be labelled, ``before`` are already; ``begun`` of them this model was asked
+    about, and is asked only what no answer was kept to. ``skipped`` have too few windows,
+    ``given_up`` only answers that can't be used, so nothing is asked about them (but with
+    ``retry_failed``).
     ``exact``: the prompts of all features were made (of ``looked_at`` of them); else these, and all
     sizes, are reckoned from a random choice. Tokens are never counted, but guessed by
     :func:`~r1sae_fast.labels.cost.estimate_tokens`. ``completion_tokens``: of a model that does not
@@ -55,6 +56,7 @@ class LabelPlan:
 class _Counts:
     """Sums over features."""
 
+    begun: float = 0
     skipped: float = 0
     given_up: float = 0
     explains: float = 0
@@ -104,11 +106,11 @@ def plan_labels(
                 journal = Journal(journal_path(path), fingerprint(db), read_only=True)
                 before |= {f for f, *who in journal.finished if who == [model, version]}
         todo = [feature for feature in wanted if feature not in before]
-        begun = [] if journal is None else [f for f in todo if f in journal.unfinished]
-        known = set(begun)
+        # By any model: whether it was this one, their prompts tell.
+        asked = set() if journal is None else journal.unfinished
         parts = (
-            (begun, _LOOKED_AT_BEGUN),
-            ([feature for feature in todo if feature not in known], LOOKED_AT),
+            ([feature for feature in todo if feature in asked], _LOOKED_AT_BEGUN),
+            ([feature for feature in todo if feature not in asked], LOOKED_AT),
         )
         planner = _Planner(db, settings, model or "", scorer or model or "", journal, retry_failed)
         total, looked_at = _Counts(), 0
@@ -125,7 +127,7 @@ def plan_labels(
     return LabelPlan(
         features=len(todo),
         before=len(wanted) - len(todo),
-        begun=len(begun),
+        begun=round(total.begun),
         looked_at=looked_at,
         exact=looked_at == len(todo),
         skipped=round(total.skipped),
@@ -171,6 +173,8 @@ class _Planner:
         tried = 0
         if self._journal is not None:
             label, tried = told_before(self._journal, request, read_label)
+        if label is not None or tried:
+            found.begun = 1
         if label is None:
             if not tries_left(tried, retry_failed=self._retry_failed):
                 found.given_up = 1

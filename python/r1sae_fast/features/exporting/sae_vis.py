@@ -66,7 +66,8 @@ def vis_data(pages: Sequence[Page], activity: Activity) -> dict[str, Any]:
     """The file of these features. Those that are never active are left out: one of them would
     keep SAEDashboard's page from being drawn.
     """
-    pages = [page for page in pages if page.contexts]
+    # Once each: the lists of figures are read beside the features' dict, which has each once.
+    pages = list({page.feature_id: page for page in pages if page.contexts}.values())
     features = [page.feature_id for page in pages]
     strengths = [v if len(v) else np.zeros(1) for v in activity.strengths(features)]
     logits = [None] * len(pages) if activity.logits is None else activity.logits.of(features)

@@ -1,8 +1,8 @@
 """What SAEDashboard's NeuronpediaRunner writes: ``batch-N.json``, a NeuronpediaDashboardBatch each.
 
-What takes the model's unembedding or a pass over pairs of neurons (logits, correlations) is empty,
-as it is there for features that were not looked at. Format: sae-dashboard 0.8,
-sae_dashboard/neuronpedia/neuronpedia_dashboard.py.
+What takes a pass over pairs of neurons (correlations) is empty, and without a model what takes its
+unembedding too (logits; ``write.add_logits`` fills them in), as they are there for features that
+were not looked at. Format: sae-dashboard 0.8, sae_dashboard/neuronpedia/neuronpedia_dashboard.py.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ def export_pages(
         progress(len(batch))
     if not written:
         raise ValueError(
-            "none of these features is ever active, so there is nothing that SAEDashboard's page "
-            "could show; choose others"
+            "none of these features has an example, so there is nothing that SAEDashboard's page "
+            "could show; choose others, or a larger n"
         )
     return written
 

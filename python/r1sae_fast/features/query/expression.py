@@ -174,7 +174,7 @@ def column_name(name: str, columns: list[str]) -> str | None:
 def no_such_column(name: str, columns: list[str]) -> ValueError:
     """The error, which names the nearest and all others."""
     near = get_close_matches(name, columns, 1)
-    meant = f"; did you mean {near[0]}?" if near else ";"
+    meant = f"; did you mean {near[0]}?" if near else "."
     return ValueError(f"no column {name!r}{meant} There are: {', '.join(sorted(columns))}")
 
 

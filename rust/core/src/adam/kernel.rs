@@ -7,6 +7,7 @@ use crate::simd::{Level, Simd};
 const LANES: usize = 16;
 
 /// How far ahead of the arithmetic its rows are asked for, bytes: the hardware foresees no page.
+#[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 1024;
 
 /// The step of one number, downwards.

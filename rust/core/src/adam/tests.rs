@@ -334,9 +334,7 @@ fn rows_asleep_in_the_future_are_refused() {
     let state = State { w, m, v, asleep };
     let error = update(state, 1, &[], None, &STEP, Simd::best(), 1).unwrap_err();
     assert!(
-        error
-            .to_string()
-            .contains("know of step 3; this is step 3"),
+        error.to_string().contains("know of step 3; this is step 3"),
         "{error}"
     );
 }
