@@ -310,7 +310,15 @@ def cluster_bucket(
     options: tuple[int, int, int, int, int, int, int, int],
     activations: bool,
     threads: int,
+    cancel: Cancel,
 ) -> dict[str, dict[str, NDArray[Any]]]: ...
+
+@final
+class Cancel:
+    def __new__(cls) -> Cancel: ...
+    def cancel(self) -> None: ...
+    @property
+    def cancelled(self) -> bool: ...
 
 @final
 class ActivationSpill:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from r1sae_fast.cli.main import app
 from r1sae_fast.features import FeatureDB
+from r1sae_fast.features.exporting import pages
 from r1sae_fast.features.exporting.encoding import encoded
 
 # Of sae_dashboard.neuronpedia.neuronpedia_dashboard 0.8.0: NeuronpediaDashboardFeature.to_dict().
@@ -134,6 +135,45 @@ def test_nothing_in_an_export_can_act(kind: Any, database: FeatureDB, tmp_path: 
     assert b"\\u001b" not in found
     if kind != "saedashboard":  # which has no labels
         assert b"\\u241b[2Jclear \\u003cscript\\u003e" in found
+
+
+def test_wide_windows_are_read_of_fewer_features_at_a_time(
+    database: FeatureDB, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    read = pages._read
+
+    def counted(*given: Any) -> Any:
+        asked.append(given[3])
+        found = read(*given)
+        cells = sum(len(page.contexts) for page in found) * (2 * given[5] + 1)
+        assert cells <= pages._CELLS or len(found) == 1
+        return found
+
+    monkeypatch.setattr(pages, "_read", counted)
+    # Of each feature up to 2 and the samples of five intervals of five.
+    per_feature = database.sql(
+        "SELECT max(n) FROM (SELECT count(*) AS n FROM intervals GROUP BY feature_id)"
+    )[0][0].as_py()
+    cells = (2 + per_feature) * (2 * 3 + 1)
+    written = []
+    # All at once; more than a file has; fewer than a file has; one, though it has no room.
+    for room, sizes in ((99, [12]), (7, [5, 5, 2]), (4, [4, 1, 4, 1, 2]), (0.5, [1] * 12)):
+        monkeypatch.setattr(pages, "_CELLS", int(room * cells))
+        files = database.export_pages(tmp_path / str(room), "jsonl", n=2, window=3, batch=5)
+        written.append([file.read_bytes() for file in files])
+        assert [len(features) for features in asked] == sizes
+        assert [feature for features in asked for feature in features] == list(range(12))
+        asked.clear()
+    assert all(files == written[0] for files in written)
+    assert len(written[0]) == 3
+
+
+def test_as_many_features_are_read_as_their_windows_allow() -> None:
+    assert pages.features_at_once(45, 32) == 1024
+    assert pages.features_at_once(75, 1000) == (16 << 20) // (75 * 2001)
+    assert pages.features_at_once(75, 1 << 20) == 1
+    assert pages.features_at_once(0, 0) == 1024
 
 
 def test_numbers_that_are_none_become_null() -> None:

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 import pytest
 
 from r1sae_fast.cli.main import app
 from r1sae_fast.errors import DatabaseError
-from r1sae_fast.features import FeatureDB, clustering, import_database, importing
+from r1sae_fast.features import FeatureDB, clustering, import_database, import_sort, importing
 from r1sae_fast.features.attaching import SHORT_ROW_GROUP
 from r1sae_fast.features.new_file import new_file
 
@@ -29,6 +30,28 @@ def source(release: Release, tmp_path: Path) -> Path:
     (tmp_path / "logic").mkdir()
     release.csv_labels(tmp_path / "logic" / "autointerp.csv")
     return release.as_duckdb(tmp_path / "logic" / "logic.ddb")
+
+
+def test_rows_that_are_there_twice_are_sorted_otherwise(
+    release: Release, source: Path, tmp_path: Path
+) -> None:
+    with duckdb.connect(str(source)) as connection:
+        connection.execute("INSERT INTO activations SELECT * FROM activations LIMIT 1")
+    import_database(source, tmp_path / "out.ddb")
+    expected = sorted([*release.activations, release.activations[0]], key=lambda r: r[:3])
+    assert rows_of(tmp_path / "out.ddb", "activations") == expected
+
+
+def test_an_error_in_writing_is_not_taken_for_rows_that_are_there_twice(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise pa.ArrowInvalid("arrays of two lengths")  # a ValueError, as the core's
+
+    monkeypatch.setattr(import_sort, "load_part", broken)
+    with pytest.raises(pa.ArrowInvalid, match="two lengths"):
+        import_database(source, tmp_path / "out.ddb")
+    assert not (tmp_path / "out.ddb").exists()
 
 
 @pytest.mark.parametrize("kind", ["core", "ranges", "trio"])

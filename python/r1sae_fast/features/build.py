@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast import _core
 from r1sae_fast.errors import DatabaseError
 from r1sae_fast.examples import Examples, histogram_edges
 from r1sae_fast.features.arrays import array, strings
@@ -229,10 +230,18 @@ class _Builder:
             features = part.features
             step = f"features {features.start} to {features.stop}"
             if not self._file.done(step):
-                found = self._clusters.tables(part, places, self._plan.keep, self._plan.threads)
+                cancel = _core.Cancel()
+                plan = self._plan
+                found = self._clusters.tables(part, places, plan.keep, plan.threads, cancel)
                 with self._file.step(step), closing(found) as buckets:
                     load_part(
-                        self._connection, features, buckets, self._counts, self._places, self._texts
+                        self._connection,
+                        features,
+                        buckets,
+                        self._counts,
+                        self._places,
+                        self._texts,
+                        cancel,
                     )
             done += part.activations
             advance(len(self._codes) * done / total)

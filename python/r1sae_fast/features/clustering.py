@@ -219,19 +219,27 @@ class Clusters:
         return found
 
     def tables(
-        self, part: Part, places: _core.TokenPlaces, keep: Keep, threads: int
+        self,
+        part: Part,
+        places: _core.TokenPlaces,
+        keep: Keep,
+        threads: int,
+        cancel: _core.Cancel,
     ) -> Generator[Tables, None, None]:
         """Of each bucket of a part the sorted activations, and what they tell, by table and column.
 
-        While the caller uses those of one bucket the next are made.
+        While the caller uses those of one bucket the next are made, on a thread that hears no
+        signals: ``cancel`` ends its work, with KeyboardInterrupt. It is set when this is closed.
         """
 
         def made(bucket: int) -> Tables:
-            return _core.cluster_bucket(self._spill, bucket, places, keep.core(), True, threads)
+            core = keep.core()
+            return _core.cluster_bucket(self._spill, bucket, places, core, True, threads, cancel)
 
         sizes = [self._spill.size(bucket) for bucket in part.buckets]
-        with ThreadPoolExecutor(1) as pool:
-            ahead: Future[Tables] | None = None
+        pool = ThreadPoolExecutor(1)
+        ahead: Future[Tables] | None = None
+        try:
             for number, bucket in enumerate(part.buckets):
                 tables = (ahead or pool.submit(made, bucket)).result()
                 ahead = None
@@ -239,6 +247,9 @@ class Clusters:
                     following = part.buckets[number + 1 : number + 2]
                     ahead = next((pool.submit(made, soon) for soon in following), None)
                 yield tables
+        finally:
+            cancel.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def largest_needs(counts: NDArray[Any]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast import _core
 from r1sae_fast.features.arrays import strings
-from r1sae_fast.features.clustering import Clusters, Keep
+from r1sae_fast.features.clustering import Clusters, Keep, Tables
 from r1sae_fast.features.execute import execute
 from r1sae_fast.features.new_file import NewFile
 from r1sae_fast.features.places import PLACE, TokenPlaces, places_in
@@ -41,6 +42,18 @@ def drop_tables(connection: duckdb.DuckDBPyConnection) -> None:
     """Drops what the core's sort fills."""
     for table in _MADE:
         execute(connection, f"DROP TABLE IF EXISTS {table}")
+
+
+class _RefusedError(Exception):
+    """The core makes no bucket of these rows."""
+
+
+def _refusals(buckets: Generator[Tables, None, None]) -> Generator[Tables, None, None]:
+    """The same, with the core's refusals told from the errors of all that uses them."""
+    try:
+        yield from buckets
+    except ValueError as error:
+        raise _RefusedError from error
 
 
 class CoreSort:
@@ -137,11 +150,14 @@ class CoreSort:
             features = part.features
             step = f"features {features.start} to {features.stop}"
             if not self._file.done(step):
-                found = self._clusters.tables(part, core, self._keep, self._threads)
+                cancel = _core.Cancel()
+                found = self._clusters.tables(part, core, self._keep, self._threads, cancel)
                 try:
-                    with self._file.step(step), closing(found) as buckets:
-                        load_part(self._connection, features, buckets, self._counts, places, texts)
-                except ValueError:
+                    with self._file.step(step), closing(_refusals(found)) as buckets:
+                        load_part(
+                            self._connection, features, buckets, self._counts, places, texts, cancel
+                        )
+                except _RefusedError:
                     return None
             done += part.activations
             advance(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from types import TracebackType
 
 import duckdb
@@ -15,6 +16,7 @@ class ArrowStream:
     """Makes batches of columns readable in SQL, once and one at a time, under the name it gives.
 
     DuckDB turns an exception in the batches into its own; on leaving, the original one is raised.
+    A signal's exception, for which the batches were cut short, stays.
     """
 
     def __init__(
@@ -39,7 +41,13 @@ class ArrowStream:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._connection.unregister("arrow_stream")
+        # A query that was interrupted has ended its transaction: until that is rolled back, nothing
+        # is taken, and that would be raised in place of what happened.
+        with suppress(duckdb.Error) if error is not None else nullcontext():
+            self._connection.unregister("arrow_stream")
+        cut_short = isinstance(self._error, KeyboardInterrupt)
+        if cut_short and not isinstance(error, duckdb.Error):
+            return
         if error is not None and self._error is not None:
             raise self._error from None
 

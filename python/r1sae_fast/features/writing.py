@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from r1sae_fast import _core
 from r1sae_fast.features.arrays import array, lists, strings
 from r1sae_fast.features.attaching import ROW_GROUP
 from r1sae_fast.features.clustering import Tables
@@ -73,8 +74,10 @@ def load_part(
     all_counts: NDArray[np.uint64],
     places: TokenPlaces,
     texts: Texts,
+    cancel: _core.Cancel,
 ) -> None:
-    """Appends what the core found of ``features``, in the order of buckets."""
+    """Appends what the core found of ``features``, in the order of buckets. Ctrl-c sets
+    ``cancel``, on which the making of buckets ends."""
     found: dict[str, dict[str, list[NDArray[Any]]]] = {}
 
     def others_kept() -> Iterator[Tables]:
@@ -85,7 +88,7 @@ def load_part(
                         found.setdefault(table, {}).setdefault(name, []).append(column)
             yield tables
 
-    insert_activations(connection, others_kept())
+    insert_activations(connection, others_kept(), cancel)
     tables = {
         table: {name: np.concatenate(parts) for name, parts in columns.items()}
         for table, columns in found.items()
@@ -120,7 +123,9 @@ def load_part(
     insert(connection, "features", columns)
 
 
-def insert_activations(connection: duckdb.DuckDBPyConnection, buckets: Iterator[Tables]) -> None:
+def insert_activations(
+    connection: duckdb.DuckDBPyConnection, buckets: Iterator[Tables], cancel: _core.Cancel
+) -> None:
     """Appends to ``activations`` those of one bucket while the next is made."""
     schema = {
         "feature_id": pa.int32(),
@@ -130,7 +135,8 @@ def insert_activations(connection: duckdb.DuckDBPyConnection, buckets: Iterator[
     }
     columns = ([array(tables["activations"][name]) for name in schema] for tables in buckets)
     with ArrowStream(connection, schema, row_groups(columns)) as name:
-        execute(connection, f"INSERT INTO activations BY NAME SELECT * FROM {name}")
+        query = f"INSERT INTO activations BY NAME SELECT * FROM {name}"
+        execute(connection, query, stop=cancel.cancel)
 
 
 def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: Mapping[str, Any]) -> None:

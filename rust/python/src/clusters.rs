@@ -18,9 +18,10 @@ use r1sae_core::clusters::{
     Spill, Stretches, Texts, Work,
 };
 use r1sae_core::examples::ShardFile;
+use r1sae_core::Cancel;
 
 use crate::errors::to_py;
-use crate::interrupt::run_interruptible;
+use crate::interrupt::{run_cancellable, run_interruptible};
 
 /// Path, number of the first row, rows.
 type Shards = Vec<(PathBuf, i64, usize)>;
@@ -200,9 +201,33 @@ impl TokenPlaces {
     }
 }
 
+/// A flag that ends the work it was given to.
+#[pyclass(name = "Cancel", module = "r1sae_fast._core", frozen)]
+struct CancelFlag(Cancel);
+
+#[pymethods]
+impl CancelFlag {
+    #[new]
+    fn new() -> Self {
+        Self(Cancel::new())
+    }
+
+    /// Sets it, for good.
+    fn cancel(&self) {
+        self.0.cancel();
+    }
+
+    #[getter]
+    fn cancelled(&self) -> bool {
+        self.0.check().is_err()
+    }
+}
+
 /// The sorted activations of a bucket and what they tell, as arrays by table and column.
 /// `options`: examples, per_sequence, quantiles, per_quantile, negatives, window, tokens, seed.
+/// Raises KeyboardInterrupt once `cancel` is set, on whatever thread.
 #[pyfunction]
+#[allow(clippy::too_many_arguments)]
 fn cluster_bucket<'py>(
     py: Python<'py>,
     spill: &ActivationSpill,
@@ -211,6 +236,7 @@ fn cluster_bucket<'py>(
     options: (usize, usize, usize, usize, usize, usize, usize, u64),
     activations: bool,
     threads: usize,
+    cancel: &CancelFlag,
 ) -> PyResult<Bound<'py, PyDict>> {
     let (examples, per_sequence, quantiles, per_quantile, negatives, window, tokens, seed) =
         options;
@@ -228,7 +254,7 @@ fn cluster_bucket<'py>(
     let rows = Place::from_bytes(view.as_slice()?).map_err(to_py)?;
     let (bases, stretches) = (&places.bases, &places.stretches);
     let spill = &spill.0;
-    let columns = run_interruptible(py, move |cancel| {
+    let columns = run_cancellable(py, &cancel.0, move |cancel| {
         let texts = Texts {
             places: Places::checked_before(rows),
             stretches,
@@ -409,6 +435,7 @@ fn contexts_json<'py>(
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<ActivationSpill>()?;
     module.add_class::<TokenPlaces>()?;
+    module.add_class::<CancelFlag>()?;
     module.add_class::<PairCounts>()?;
     module.add_class::<PairPartners>()?;
     module.add_function(wrap_pyfunction!(count_activations, module)?)?;

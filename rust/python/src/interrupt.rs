@@ -21,13 +21,21 @@ where
     T: Send,
     F: FnOnce(&Cancel) -> Result<T> + Send,
 {
-    let cancel = Cancel::new();
+    run_cancellable(py, &Cancel::new(), work)
+}
+
+/// As [`run_interruptible`], for calls on threads that hear no signals: another one sets `cancel`, and
+/// the call ends as with ctrl-c.
+pub fn run_cancellable<T, F>(py: Python<'_>, cancel: &Cancel, work: F) -> PyResult<T>
+where
+    T: Send,
+    F: FnOnce(&Cancel) -> Result<T> + Send,
+{
     std::thread::scope(|scope| {
         let (sender, mut receiver) = channel();
-        let flag = &cancel;
         scope.spawn(move || {
             // The receiver outlives the scope's threads, so a send can't fail.
-            let _ = sender.send(work(flag));
+            let _ = sender.send(work(cancel));
         });
         let mut raised = None;
         loop {

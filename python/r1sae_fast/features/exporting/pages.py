@@ -14,6 +14,7 @@ from r1sae_fast.features.text import harmless
 
 _READ = 1024
 """Features that are read at a time: a query takes about as long for fewer."""
+_CELLS = 16 << 20  # tokens around their examples: read at a time, they take some 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,31 @@ def pages(
 
     ``fetch`` gives a query's rows, ``table`` an Arrow table of them.
     """
-    size = max(1, _READ // batch) * batch
+    most = features_at_once(_examples(fetch, tables, n), window)
+    size = max(1, most // batch) * batch
     for start in range(0, len(features), size):
-        found = _read(fetch, table, tables, list(features[start : start + size]), n, window, who)
+        some = list(features[start : start + size])
+        found: list[Page] = []
+        for first in range(0, len(some), most):
+            found += _read(fetch, table, tables, some[first : first + most], n, window, who)
         for first in range(0, len(found), batch):
             yield found[first : first + batch]
+
+
+def features_at_once(examples: int, window: int) -> int:
+    """How many features are read at a time where each has at most so many examples."""
+    return min(_READ, max(1, _CELLS // max(1, examples * (2 * window + 1))))
+
+
+def _examples(fetch: Fetch, tables: Columns, n: int) -> int:
+    """At most so many has a feature in all: of the ``n`` strongest, and of the intervals."""
+
+    def largest(table: str) -> int:
+        query = f"SELECT max(n) FROM (SELECT count(*) AS n FROM {table} GROUP BY feature_id)"
+        return fetch(query)[0][0] or 0
+
+    top = min(n, largest("examples")) if "examples" in tables else n
+    return top + (largest("intervals") if "intervals" in tables else 0)
 
 
 def _read(

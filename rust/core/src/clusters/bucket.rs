@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::page::{Options, Page, Pages, Texts};
 use super::place::Place;
-use super::spill::{Record, Spill};
+use super::spill::{Record, Spill, STRETCH};
 use crate::{Cancel, Error, Result};
 
 /// Parts into which a bucket is cut for each thread.
@@ -113,7 +113,7 @@ pub fn gather(
         )));
     }
     let features = spill.features(bucket);
-    let (mut keys, ends) = by_feature(spill, bucket)?;
+    let (mut keys, ends) = by_feature(spill, bucket, cancel)?;
     let mut all = Columns::default();
     if activations {
         all.activations = Activations::zeroed(keys.len())
@@ -139,17 +139,16 @@ pub fn gather(
                 let feature = features.start + (part.first + at) as u32;
                 let page = if activations {
                     let written = room.take(size);
-                    pages.make(feature, keys, |number, spot, strength| {
+                    pages.make(feature, keys, cancel, |number, spot, strength| {
                         written.feature[number] = feature as i32;
                         written.sequence[number] = spot.sequence;
                         written.position[number] = spot.position;
                         written.strength[number] = strength;
                     })
                 } else {
-                    pages.make(feature, keys, |_, _, _| ())
+                    pages.make(feature, keys, cancel, |_, _, _| ())
                 };
-                let page = page.map_err(|row| bad_row(feature, row))?;
-                columns.push(feature, &page, rows);
+                columns.push(feature, &page?, rows);
             }
         }
         Ok(())
@@ -173,20 +172,16 @@ pub fn gather(
     Ok(all)
 }
 
-fn bad_row(feature: u32, row: u32) -> Error {
-    Error::InvalidArgument(format!(
-        "feature {feature} is active more than once at row {row}, or the row has no place; expected \
-         each feature once a row"
-    ))
-}
-
 /// The records of a bucket as keys `row << 32 | bits`, feature after feature, and where each
 /// feature's end.
-fn by_feature(spill: &Spill, bucket: usize) -> Result<(Vec<u64>, Vec<usize>)> {
+fn by_feature(spill: &Spill, bucket: usize, cancel: &Cancel) -> Result<(Vec<u64>, Vec<usize>)> {
     let features = spill.features(bucket);
-    let records = spill.read(bucket)?;
+    let records = spill.read(bucket, cancel)?;
     let mut ends = vec![0_usize; features.len()];
-    for record in &records {
+    for (at, record) in records.iter().enumerate() {
+        if at % STRETCH == 0 {
+            cancel.check()?;
+        }
         match ends.get_mut(record.feature.wrapping_sub(features.start) as usize) {
             Some(count) => *count += 1,
             None => {
@@ -207,10 +202,13 @@ fn by_feature(spill: &Spill, bucket: usize) -> Result<(Vec<u64>, Vec<usize>)> {
     let mut keys =
         zeroed(records.len()).ok_or_else(|| spill.too_large(bucket, records.len() as u64))?;
     for run in runs(&records) {
-        for record in &records[run] {
-            let at = &mut ends[(record.feature - features.start) as usize];
-            keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
-            *at += 1;
+        for some in records[run].chunks(STRETCH) {
+            cancel.check()?;
+            for record in some {
+                let at = &mut ends[(record.feature - features.start) as usize];
+                keys[*at] = u64::from(record.row) << 32 | u64::from(record.bits);
+                *at += 1;
+            }
         }
     }
     Ok((keys, ends))

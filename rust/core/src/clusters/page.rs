@@ -1,11 +1,13 @@
 //! What one feature's activations tell.
 
 use super::place::{position_bin, Places, Spot, Stretches, POSITION_BINS, SEGMENTS};
+use super::spill::STRETCH;
 use super::tokens::{Bases, Lift, Tally};
 use crate::examples::histogram::{bin_of, BINS};
 use crate::examples::samples::Ranking;
 use crate::examples::sum;
 use crate::shard::order::{mix, GOLDEN};
+use crate::{Cancel, Error, Result};
 
 /// How many random rows are tried for each negative that is wanted.
 const DRAWS: u64 = 64;
@@ -87,13 +89,14 @@ impl<'a> Pages<'a> {
 
     /// The page of a feature from its activations, each `row << 32 | bits of the strength`, in any
     /// order; `each(number, spot, strength)` is called for all of them in the order of rows. The
-    /// keys are of no use afterwards. The error is a row that comes twice, or has no place.
+    /// keys are of no use afterwards. The error names a row that comes twice, or has no place.
     pub fn make(
         &mut self,
         feature: u32,
         keys: &mut [u64],
+        cancel: &Cancel,
         mut each: impl FnMut(usize, Spot, f32),
-    ) -> Result<Page, u32> {
+    ) -> Result<Page> {
         if !keys.is_sorted() {
             keys.sort_unstable();
         }
@@ -101,11 +104,11 @@ impl<'a> Pages<'a> {
             places, stretches, ..
         } = self.texts;
         if let Some(pair) = keys.windows(2).find(|pair| pair[0] >> 32 == pair[1] >> 32) {
-            return Err((pair[0] >> 32) as u32);
+            return Err(bad_row(feature, pair[0] >> 32));
         }
         if let Some(last) = keys.last().map(|key| key >> 32) {
             if last >= places.rows().len() as u64 {
-                return Err(last as u32);
+                return Err(bad_row(feature, last));
             }
         }
         let seed = mix(self.options.seed.wrapping_add(GOLDEN)) ^ mix(u64::from(feature));
@@ -124,6 +127,9 @@ impl<'a> Pages<'a> {
         let largest = keys.iter().map(|&key| key as u32).max().unwrap_or(0);
         page.largest = f32::from_bits(largest);
         for (number, &key) in keys.iter().enumerate() {
+            if number % STRETCH == 0 {
+                cancel.check()?;
+            }
             let (row, strength) = ((key >> 32) as usize, f32::from_bits(key as u32));
             let spot = stretches.spot(&places, row);
             page.sum = sum::add(page.sum, strength);
@@ -132,12 +138,15 @@ impl<'a> Pages<'a> {
             page.positions[position_bin(spot.position)] += 1;
             each(number, spot, strength);
         }
-        page.lifts = self.tally.lifts(keys, page.largest, self.options.tokens);
+        let tokens = self.options.tokens;
+        page.lifts = self.tally.lifts(keys, page.largest, tokens, cancel)?;
         page.negatives = self.negatives(seed, keys);
         for key in keys.iter_mut() {
             *key = u64::from(!(*key as u32)) << 32 | *key >> 32;
         }
+        cancel.check()?;
         page.examples = self.examples(keys);
+        cancel.check()?;
         page.intervals = self.intervals(seed, keys);
         Ok(page)
     }
@@ -253,6 +262,13 @@ impl<'a> Pages<'a> {
                     && rows[active].position.abs_diff(place.position) as usize <= window
             })
     }
+}
+
+fn bad_row(feature: u32, row: u64) -> Error {
+    Error::InvalidArgument(format!(
+        "feature {feature} is active more than once at row {row}, or the row has no place; expected \
+         each feature once a row"
+    ))
 }
 
 /// Strength and row of a sorted key.

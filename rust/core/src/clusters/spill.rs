@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::{Error, Result};
+use crate::{Cancel, Error, Result};
 
 /// One activation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
@@ -23,6 +23,8 @@ pub struct Record {
 }
 
 const RECORD: u64 = size_of::<Record>() as u64;
+/// Records between two looks whether to stop: about a millisecond's.
+pub(super) const STRETCH: usize = 1 << 16;
 
 /// The file, and how far each bucket is filled.
 #[derive(Debug)]
@@ -143,7 +145,7 @@ impl Spill {
     }
 
     /// All records of a bucket.
-    pub fn read(&self, bucket: usize) -> Result<Vec<Record>> {
+    pub fn read(&self, bucket: usize, cancel: &Cancel) -> Result<Vec<Record>> {
         let size = self.size(bucket);
         let mut shared = self.lock();
         if shared.filled[bucket] != size {
@@ -161,10 +163,13 @@ impl Spill {
             .ok_or_else(|| self.too_large(bucket, size))?;
         records.resize(size as usize, Record::zeroed());
         let start = SeekFrom::Start(self.bases[bucket] * RECORD);
-        let bytes = bytemuck::cast_slice_mut(&mut records);
-        let read = shared.file.seek(start);
-        read.and_then(|_| shared.file.read_exact(bytes))
-            .map_err(|source| io(&self.path, source))?;
+        let sought = shared.file.seek(start);
+        sought.map_err(|source| io(&self.path, source))?;
+        for some in records.chunks_mut(STRETCH) {
+            cancel.check()?;
+            let read = shared.file.read_exact(bytemuck::cast_slice_mut(some));
+            read.map_err(|source| io(&self.path, source))?;
+        }
         Ok(records)
     }
 

@@ -2,14 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 
 use super::bucket::Columns;
 use super::coactivation::tiles;
+use super::page::Pages;
 use super::partners::Partners;
 use super::place::{position_bin, POSITION_BINS, SEGMENTS};
+use super::spill::STRETCH;
 use super::*;
 use crate::examples::histogram::{bin_of, BINS};
 use crate::examples::samples::Ranking;
@@ -437,8 +442,78 @@ fn a_feature_that_no_memory_holds_is_named() {
     let file = folder.path().join("spill");
     std::fs::write(&file, []).unwrap(); // as if it had been filled
     let spill = Spill::open(&file, &counts, 4, Some(counts.to_vec())).unwrap();
-    let text = problem(spill.read(1));
+    let text = problem(spill.read(1, &Cancel::new()));
     assert!(text.contains("of feature 1 need more memory"), "{text}");
+}
+
+/// The looks of `work` whether to stop, and that it stops at each of them.
+fn looks<T>(mut work: impl FnMut(&Cancel) -> crate::Result<T>) -> usize {
+    for last in 0.. {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&asked);
+        let cancel = Cancel::listening(Duration::ZERO, move || {
+            count.fetch_add(1, Ordering::Relaxed) == last
+        });
+        match work(&cancel) {
+            Ok(_) => return asked.load(Ordering::Relaxed),
+            Err(error) => assert!(matches!(error, Error::Interrupted), "{error:?}"),
+        }
+        assert_eq!(asked.load(Ordering::Relaxed), last + 1);
+    }
+    unreachable!()
+}
+
+#[test]
+fn a_feature_of_many_activations_can_be_cancelled_in_its_midst() {
+    const STRETCHES: usize = 3;
+    let size = STRETCHES * STRETCH;
+    let folder = tempfile::tempdir().unwrap();
+    let spill = Spill::open(&folder.path().join("spill"), &[size as u64], 1, None).unwrap();
+    let mut writer = spill.writer(1 << 20);
+    for row in 0..size as u32 {
+        let bits = 1_f32.to_bits();
+        let feature = 0;
+        writer.push(Record { feature, row, bits }).unwrap();
+    }
+    writer.flush().unwrap();
+    assert_eq!(looks(|cancel| spill.read(0, cancel)), STRETCHES);
+    let place = |row| Place::new(0, row, 0, 0, row > 0, row + 1 < size as i32);
+    let rows: Vec<Place> = (0..size as i32).map(place).collect();
+    let places = Places::new(&rows).unwrap();
+    let texts = Texts {
+        places,
+        stretches: &Stretches::of(&places),
+        bases: &Bases::of(&places),
+    };
+    let options = Options {
+        examples: 1,
+        per_sequence: 1,
+        quantiles: 1,
+        per_quantile: 1,
+        negatives: 1,
+        window: 1,
+        tokens: 1,
+        seed: 0,
+    };
+    let work = Work {
+        options,
+        activations: true,
+        threads: 1,
+    };
+    // Read, counted and brought together on this thread; pages are made on others.
+    let gathering = looks(|cancel| gather(&spill, 0, texts, work, cancel));
+    assert_eq!(gathering, 3 * STRETCHES);
+    let key = |row: usize| (row as u64) << 32 | u64::from(1_f32.to_bits());
+    let page = looks(|cancel| {
+        let mut keys: Vec<u64> = (0..size).map(key).collect();
+        Pages::new(texts, options).make(0, &mut keys, cancel, |_, _, _| ())
+    });
+    // All of them once, then at three offsets.
+    assert!(page >= 4 * STRETCHES, "{page}");
+    let set = Cancel::new();
+    set.cancel();
+    let stopped = gather(&spill, 0, texts, work, &set);
+    assert!(matches!(stopped, Err(Error::Interrupted)));
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use std::cmp::Ordering;
 
 use super::place::Places;
+use super::spill::STRETCH;
 use crate::simd::fetch;
+use crate::{Cancel, Result};
 
 /// Where tokens are looked for: before the token it fires on, there, and after it.
 pub const OFFSETS: [i32; 3] = [-1, 0, 1];
@@ -125,16 +127,26 @@ impl<'a> Tally<'a> {
 
     /// The `n` tokens of best score at each offset, from activations `row << 32 | bits of the
     /// strength` of which the largest is `largest`.
-    pub fn lifts(&mut self, keys: &[u64], largest: f32, n: usize) -> Vec<Lift> {
+    /// After an error counts are left over: this must be thrown away.
+    pub fn lifts(
+        &mut self,
+        keys: &[u64],
+        largest: f32,
+        n: usize,
+        cancel: &Cancel,
+    ) -> Result<Vec<Lift>> {
         let mut found = Vec::new();
         if n == 0 {
-            return found;
+            return Ok(found);
         }
         let row = |key: u64| (key >> 32) as usize;
         for (at, &offset) in OFFSETS.iter().enumerate() {
             self.touched.clear();
             let (mut total, mut weights) = (0_u64, 0_u64);
             for (number, &key) in keys.iter().enumerate() {
+                if number % STRETCH == 0 {
+                    cancel.check()?;
+                }
                 if let Some(&soon) = keys.get(number + AHEAD) {
                     fetch(&self.bases.tokens, row(soon));
                 }
@@ -190,7 +202,7 @@ impl<'a> Tally<'a> {
             }
             found.extend(lifts);
         }
-        found
+        Ok(found)
     }
 }
 

@@ -156,27 +156,27 @@ impl Scan {
         kept: &Kept,
         cancel: &Cancel,
     ) -> Result<()> {
-        let span = codes.span(rows.clone())?;
-        let rows = (codes, &rows, span);
+        codes.span(rows.clone())?;
         let sound = match (codes.values(), codes.indices()) {
-            (Values::F32(v), Indices::U16(i)) => self.walk(rows.clone(), v, i, kept, cancel)?,
-            (Values::F32(v), Indices::U32(i)) => self.walk(rows.clone(), v, i, kept, cancel)?,
-            (Values::Bf16(v), Indices::U16(i)) => self.walk(rows.clone(), v, i, kept, cancel)?,
-            (Values::Bf16(v), Indices::U32(i)) => self.walk(rows.clone(), v, i, kept, cancel)?,
+            (Values::F32(v), Indices::U16(i)) => self.walk(codes, &rows, v, i, kept, cancel)?,
+            (Values::F32(v), Indices::U32(i)) => self.walk(codes, &rows, v, i, kept, cancel)?,
+            (Values::Bf16(v), Indices::U16(i)) => self.walk(codes, &rows, v, i, kept, cancel)?,
+            (Values::Bf16(v), Indices::U32(i)) => self.walk(codes, &rows, v, i, kept, cancel)?,
         };
         if sound {
             return Ok(());
         }
         // Which one it is, in words.
-        codes.check(rows.1.clone(), &mut Seen::new(self.d_sae))?;
+        codes.check(rows, &mut Seen::new(self.d_sae))?;
         Err(changed())
     }
 
-    /// [`Scan::add`] once the offsets of the rows are known to rise within the span. False if some
+    /// [`Scan::add`] once the offsets of the rows are known to rise within the codes. False if some
     /// code must be refused.
     fn walk<V: Value, I: Index>(
         &mut self,
-        (codes, rows, _): (&CodesView<'_>, &Range<usize>, Range<usize>),
+        codes: &CodesView<'_>,
+        rows: &Range<usize>,
         values: &[V],
         indices: &[I],
         kept: &Kept,

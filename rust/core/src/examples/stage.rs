@@ -307,7 +307,7 @@ mod tests {
                     }
                     prop_assert_eq!(inside, FIRST + bin_of(value) - layout.base());
                     prop_assert_eq!(layout.fixed(term.into()), sum::to_fixed(value));
-                    // Floors in 12 bits keep out none that reaches them.
+                    // Floors in 16 bits keep out none that reaches them.
                     for &other in &values {
                         let floor = layout.coarse_floor(other.to_bits());
                         prop_assert!(value < other || layout.coarse(value.to_bits()) >= floor.into());
