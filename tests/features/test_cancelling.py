@@ -52,7 +52,9 @@ def stop_the_main_thread() -> None:
         inside = frame.f_code.co_name == "wait" and "gotit" in frame.f_locals
         return inside and back is not None and back.f_code.co_name == "result"
 
+    patience = time.monotonic() + 1200
     while not waits():
+        assert time.monotonic() < patience, "the main thread never waits as was expected"
         time.sleep(0.001)
     signal.pthread_kill(main, signal.SIGALRM)
 

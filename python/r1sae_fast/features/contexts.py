@@ -40,7 +40,7 @@ def contexts(
         (sequence, place): strength
         for sequence, place, strength in fetch(
             "SELECT sequence_id, token_idx, strength FROM activations "
-            f"WHERE feature_id = ? AND sequence_id IN ({sequences})",
+            f"WHERE feature_id = ? AND sequence_id IN ({sequences}) AND isfinite(strength)",
             [feature],
         )
     }

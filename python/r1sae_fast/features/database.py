@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,7 +178,8 @@ class FeatureDB(Questions):
         names = list(SEGMENTS.values())
         if "features" not in self._columns:
             count, mean, largest = self._fetch(
-                "SELECT count(*), avg(strength), coalesce(max(strength), 0) FROM activations "
+                "SELECT count(*), avg(strength) FILTER (isfinite(strength)), "
+                "coalesce(max(strength) FILTER (isfinite(strength)), 0) FROM activations "
                 "WHERE feature_id = ?",
                 [feature],
             )[0]
@@ -198,14 +200,16 @@ class FeatureDB(Questions):
             )
         count, density, mean, largest, histogram, clarity, *densities = found[0]
         edges = self.histogram_edges
-        if histogram is None or edges is None or len(edges) != len(histogram) + 1:
+        fits = histogram is not None and edges is not None and len(edges) == len(histogram) + 1
+        if not fits or None in histogram:
             histogram = None
         return FeatureSummary(
             feature,
             count or 0,
             density,
             mean,
-            largest,
+            # Of a file by somebody else it may be anything.
+            largest if largest is not None and isfinite(largest) else 0.0,
             None if histogram is None else tuple(histogram),
             dict(zip(names, densities, strict=True)),
             clarity,

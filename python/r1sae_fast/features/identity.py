@@ -45,7 +45,7 @@ class Origin:
             else None,
             _text(source.get("model", metadata.get("model"))),
             _text(source.get("model_fingerprint")),
-            int(str(layer)) if str(layer).isdecimal() else None,
+            int(layer) if (layer := str(layer)).isdecimal() and len(layer) < 10 else None,
         )
 
     def require_sae(self, sae: FastSAE) -> None:

@@ -53,7 +53,8 @@ def labels_of(
         for model, version, *score in fetch(
             "SELECT model_name, prompt_version, scorer, judge, true_positives, "
             "false_negatives, true_negatives, false_positives, unanswered FROM scores "
-            "WHERE feature_id = ? ORDER BY scorer",
+            "WHERE feature_id = ? AND true_positives + false_negatives + true_negatives + "
+            "false_positives + unanswered IS NOT NULL ORDER BY scorer",
             [feature],
         ):
             scores.setdefault((model, version), []).append(Score(*score))

@@ -281,9 +281,7 @@ class Questions(DatabaseFile, ABC):
         for name, number, least in (("n", n, 0), ("window", window, 0), ("batch", batch, 1)):
             if number < least:
                 raise ValueError(f"{name} is {number}; expected at least {least}")
-        chosen = range(self.d_sae) if features is None else list(features)
-        for feature in features or ():
-            self._known(feature)
+        chosen = range(self.d_sae) if features is None else [self._known(f) for f in features]
         logits = self._logits(sae, model)
         tokens = self._fetch("SELECT count(*) FROM tokens")[0][0]
         changed = datetime.fromtimestamp(self.path.stat().st_mtime, timezone.utc)

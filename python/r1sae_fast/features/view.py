@@ -120,7 +120,9 @@ def _intervals(
     if "intervals" in tables:
         rows = fetch(
             "SELECT quantile, low, high, count, sequence_id, token_idx, strength FROM intervals "
-            f"WHERE feature_id = ? AND rank <= {each} ORDER BY quantile, strength DESC",
+            f"WHERE feature_id = ? AND rank <= {each} AND isfinite(low + high + strength) "
+            "AND quantile + count + sequence_id + token_idx IS NOT NULL "
+            "ORDER BY quantile, strength DESC",
             [feature],
         )
     if not rows:
@@ -128,7 +130,7 @@ def _intervals(
             f"""WITH cut AS (
                     SELECT *, ntile({_INTERVALS}) OVER
                         (ORDER BY strength, sequence_id, token_idx) - 1 AS number
-                    FROM activations WHERE feature_id = ?),
+                    FROM activations WHERE feature_id = ? AND isfinite(strength)),
                 placed AS (
                     SELECT *, min(strength) OVER w AS low, max(strength) OVER w AS high,
                         count(*) OVER w AS count, row_number() OVER (PARTITION BY number
@@ -165,7 +167,8 @@ def _tokens(fetch: Fetch, tables: Columns, feature: int, n: int = 8) -> tuple[Fe
         return ()
     rows = fetch(
         "SELECT decoded_token, token, token_offset, share, lift FROM token_lift "
-        "WHERE feature_id = ? AND token_offset = 0 AND lift > 1 ORDER BY rank",
+        "WHERE feature_id = ? AND token_offset = 0 AND lift > 1 AND isfinite(lift + share) "
+        "AND token IS NOT NULL ORDER BY rank",
         [feature],
     )
     return tuple(FeatureToken(*row) for row in rows[:n])

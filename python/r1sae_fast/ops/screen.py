@@ -158,7 +158,8 @@ class Screen:
         # The state of the weights that the 8-bit copy is of, and the last state seen.
         self._copied: tuple[int, ...] | None = None
         self._seen: tuple[int, ...] | None = None
-        self._lock = threading.Lock()
+        # A signal's handler may encode while its own thread is in here.
+        self._lock = threading.RLock()
         if kind in _OTHER and kernel in _core.screen_kernels(_OTHER[kind])[1]:
             raise ValueError(f"kernel {kernel!r} is not one of {kind} products")
         problem = self._obstacle()
@@ -242,7 +243,8 @@ class Screen:
         """
         with self._lock:
             if self._core is not None:
-                self._round(rows)
+                # After an interrupted change nobody can vouch for the other rows.
+                self._round(None if self._copied is None else rows)
 
     @contextmanager
     def following(self) -> Iterator[Follower | None]:
@@ -251,17 +253,24 @@ class Screen:
         where there is no copy of the weights as they are, or not on the CPU. What else changes must
         be told to :meth:`refresh`, and all where the follower didn't follow."""
         with self._lock:
-            core = self._core
-            if not isinstance(core, _core.Screen) or self._copied != self._state():
+            core, copied = self._core, self._copied
+            if not isinstance(core, _core.Screen) or copied != self._state():
                 yield None
                 return
             follower = Follower(core, self._b)
-            self._copied = None  # should this be interrupted
-            yield follower
-            if follower.followed:
-                if self._changes is not None:
-                    self._copied_bias = self._b.clone()
-                self._copied = self._seen = self._state()
+            self._copied = None
+            try:
+                yield follower
+            except BaseException:
+                # Half a step may have been rounded, by it or by a signal's handler that encoded.
+                self._copied = None
+                raise
+            if not follower.followed:
+                self._copied = copied
+                return
+            if self._changes is not None:
+                self._copied_bias = self._b.clone()
+            self._copied = self._seen = self._state()
 
     def _round(self, rows: Tensor | None) -> _core.Screen | GpuScreen:
         state = self._state()

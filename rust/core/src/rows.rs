@@ -46,7 +46,7 @@ impl<'a, T> Matrix<'a, T> {
 }
 
 /// Elements below which another thread costs more than it saves (tens of microseconds of work).
-const MIN_ELEMENTS: usize = 1 << 16;
+pub(crate) const MIN_ELEMENTS: usize = 1 << 16;
 
 /// Splits `rows` rows, each of about `cost` elements of work, into at most `threads` ranges.
 fn ranges(rows: usize, cost: usize, threads: usize) -> Vec<Range<usize>> {

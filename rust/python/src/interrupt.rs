@@ -85,8 +85,9 @@ where
     raised.map_or_else(|| result.map_err(to_py), Err)
 }
 
-/// As [`run_with_torch`], for work in whose midst no handler may run: they run after it. Where it `takes_seconds`,
-/// it is done beside torch's threads, which by then have stopped looking for work.
+/// As [`run_with_torch`], for work in whose midst no handler may run on the thread that does it: on torch's
+/// threads they run after it. Where it `takes_seconds`, or there are none of torch's, it is done by a thread of its
+/// own, and handlers run on this one meanwhile.
 pub fn run_undisturbed<T, F>(
     py: Python<'_>,
     long: bool,

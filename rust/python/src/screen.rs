@@ -18,18 +18,22 @@ use crate::ops::{array, matrix, mixed, options, slice, Crossing, Floats1, Floats
 
 /// As many 8-bit products take milliseconds.
 const MANY_PRODUCTS: usize = 1 << 28;
-/// As many take a good part of a second, on CPUs where screens are chosen.
+/// As many take a good part of a second by the kernels that `auto` screens with, and by the others.
 const PRODUCTS_OF_SECONDS: usize = 1 << 38;
+const PRODUCTS_OF_SLOW_SECONDS: usize = 1 << 32;
 /// Rounding so many weights takes milliseconds.
 const MANY_WEIGHTS: usize = 1 << 24;
 /// And so many a good part of a second.
 const WEIGHTS_OF_SECONDS: usize = 1 << 29;
 
 /// The rounded copy of an encoder's weights. Calls from several threads take turns; signals' handlers, which
-/// may call it too, run in the midst of none (they would wait for their own thread, or find
-/// the matrix unit set up otherwise than they left it).
+/// may call it too, never run on a thread in whose call they would stand (they would wait for
+/// themselves, or leave the matrix unit set up otherwise than they found it).
 #[pyclass(module = "r1sae_fast._core", frozen)]
-pub struct Screen(Mutex<Core>);
+pub struct Screen {
+    core: Mutex<Core>,
+    products_of_seconds: usize,
+}
 
 /// A rule as it comes from Python.
 #[derive(FromPyObject)]
@@ -41,7 +45,7 @@ enum Choice<'py> {
 impl Screen {
     /// A panic elsewhere can't leave less than the next refresh mends.
     pub(crate) fn lock(&self) -> std::sync::MutexGuard<'_, Core> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn encode_as<'py, E: Crossing>(
@@ -57,7 +61,7 @@ impl Screen {
         let codes = run_undisturbed(
             py,
             work >= MANY_PRODUCTS,
-            work >= PRODUCTS_OF_SECONDS,
+            work >= self.products_of_seconds,
             |cancel| {
                 self.lock()
                     .encode(x, Encoder { w, bias }, rule, options, cancel)
@@ -132,7 +136,16 @@ impl Screen {
             }
             _ => Err(mixed()),
         }?;
-        Ok(Self(Mutex::new(core)))
+        let products_of_seconds = match kernel {
+            Kernel::Amx | Kernel::AmxBf16 | Kernel::Avx512Vnni | Kernel::Avx512Bf16 => {
+                PRODUCTS_OF_SECONDS
+            }
+            _ => PRODUCTS_OF_SLOW_SECONDS,
+        };
+        Ok(Self {
+            core: Mutex::new(core),
+            products_of_seconds,
+        })
     }
 
     /// Rounds again the features `rows`, or all.

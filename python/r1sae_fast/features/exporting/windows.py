@@ -135,7 +135,8 @@ def _places(tables: Columns, chosen: str, n: int) -> str:
     if "intervals" in tables:
         parts.append(
             f"""SELECT feature_id, quantile, rank, sequence_id, token_idx, low, high, count
-                FROM intervals WHERE {chosen}"""
+                FROM intervals WHERE {chosen} AND isfinite(low + high)
+                    AND quantile + rank + count IS NOT NULL"""
         )
     return f"""places AS (
         SELECT feature_id::INTEGER AS feature_id, number::INTEGER AS number,
