@@ -74,7 +74,19 @@ def test_shown_all_the_same(database: FeatureDB, tmp_path: Path, statement: str)
         assert "feature 3" in looked_at(db, tmp_path)
 
 
-@pytest.mark.parametrize("told", ["'abc'", "'-5'", "'99999999999999'", "NULL", "'²'", "''"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        "'abc'",
+        "'-5'",
+        "'99999999999999'",
+        pytest.param(f"'{'9' * 5000}'", id="5000 digits"),
+        f"'{'0' * 20}{'9' * 14}'",
+        "NULL",
+        "'²'",
+        "''",
+    ],
+)
 def test_a_number_of_features_that_is_none(database: FeatureDB, tmp_path: Path, told: str) -> None:
     statement = f"UPDATE meta SET value = {told} WHERE key = 'd_sae'"
     with changed(database, tmp_path / "x.ddb", statement) as db:
@@ -101,7 +113,9 @@ def test_labels_and_tokens_of_megabytes_are_cut_where_they_are_shown(
 ) -> None:
     statement = (
         "UPDATE autointerp SET label = repeat('x', 3000000), model_name = repeat('m', 1000000); "
-        "UPDATE tokens SET decoded_token = repeat('y', 1000000) WHERE sequence_id = 1"
+        "UPDATE tokens SET decoded_token = repeat('y', 1000000) WHERE sequence_id = 1; "
+        "UPDATE token_lift SET decoded_token = repeat('z', 1000000) WHERE feature_id = 3; "
+        "UPDATE tokens SET segment = repeat('s', 1000000) WHERE sequence_id = 1"
     )
     with changed(database, tmp_path / "x.ddb", statement) as db:
         shown = io.StringIO()

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from r1sae_fast.cli.main import app
+from r1sae_fast.ops import best_screen
 from r1sae_fast.shards import ActivationWriter
 from r1sae_fast.train import TrainConfig
 from r1sae_fast.train.memory import expected_memory
@@ -88,6 +89,10 @@ def test_what_is_told() -> None:
     transcoder = expected_memory(skipping, 7168, transcodes=True)
     assert transcoder.total - told.total == 16 * 7168**2 + 256 * 7168 * (8 + 16)
     assert expected_memory(rounded, 7168).copies >= 2 * told.parameters
+    # Short rows may be screened by a copy of two bytes a weight.
+    screens = best_screen()[0] != "none"
+    assert expected_memory(wide, 512).copies == screens * 2 * 28_672 * (512 + 128)
+    assert expected_memory(wide, 513).copies == screens * 28_672 * (513 + 128)
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path) -> None:

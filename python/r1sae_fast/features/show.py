@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r1sae_fast.features.results import TopExample
-from r1sae_fast.features.text import brief, quoted, visible
+from r1sae_fast.features.text import brief, quoted
 
 if TYPE_CHECKING:
     from r1sae_fast.features.summary import FeatureSummary, Label
@@ -62,7 +62,7 @@ def heat(context: TopExample, scale: float, *, marks: bool = False) -> Text:
     opens = False
     for token in context.context:
         if token.segment != segment and token.segment is not None:
-            text.append(f"[{visible(token.segment)}]", style="italic dim")
+            text.append(f"[{brief(token.segment, 200)}]", style="italic dim")
             opens = True
         segment = token.segment
         piece = f"[{token.token}]" if token.text is None else brief(token.text, 200)
@@ -105,12 +105,11 @@ def score_words(label: Label) -> str:
         return "not scored"
     words = []
     for score in label.scores:
+        name = brief(score.scorer, 200)
         if score.balanced_accuracy is None:
-            words.append(f"{visible(score.scorer)} unanswered")
+            words.append(f"{name} unanswered")
         else:
-            words.append(
-                f"{visible(score.scorer)} {score.balanced_accuracy:.2f} ± {score.margin or 0:.2f}"
-            )
+            words.append(f"{name} {score.balanced_accuracy:.2f} ± {score.margin or 0:.2f}")
     return ", ".join(words)
 
 

@@ -46,4 +46,4 @@ def harmless(text: str) -> str:
 
 def quoted(text: str | None, token: int) -> str:
     """A token for a sentence: in quotes, or by its number where its text is unknown."""
-    return f"token {token}" if text is None else f'"{visible(text)}"'
+    return f"token {token}" if text is None else f'"{brief(text, 200)}"'

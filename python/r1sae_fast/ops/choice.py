@@ -8,7 +8,7 @@ from torch import Tensor
 from r1sae_fast import _core
 from r1sae_fast.ops import _device
 
-__all__ = ["best_screen", "choose"]
+__all__ = ["best_screen", "choose", "most_copy_bytes"]
 
 # Measured on two cores of an Intel Xeon with AMX, 7168 x 28672, k 64, weights without a tail (the
 # hardest to bound), us a row of encoding; dense is torch's product and our selection:
@@ -48,6 +48,13 @@ def best_screen(dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     if kernel in _FAST_KERNELS and dtype in (torch.float32, torch.bfloat16):
         return "int8", kernel
     return "none", ""
+
+
+def most_copy_bytes(d_in: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes a weight, at most, of the copy that ``"auto"`` makes of weights of ``dtype``."""
+    if best_screen(dtype)[0] == "none":
+        return 0
+    return 2 if d_in <= _SHORT_ROWS and dtype == torch.float32 else 1
 
 
 def choose(W: Tensor, kernel: str, rows: int) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from r1sae_fast import ops
+from r1sae_fast.ops.choice import most_copy_bytes
 from r1sae_fast.train.config import TrainConfig
 
 __all__ = ["ExpectedMemory", "expected_memory"]
@@ -89,8 +89,8 @@ def expected_memory(
     one, n = d_in * config.d_sae, config.batch_size
     parameters = one if config.tied else 2 * one
     rounded = config.compute_dtype == "bfloat16"
-    screened = ops.best_screen(torch.bfloat16 if rounded else torch.float32)[0] != "none"
-    copies = (2 * parameters if rounded else 0) + (one + 128 * config.d_sae if screened else 0)
+    screened = most_copy_bytes(d_in, torch.bfloat16 if rounded else torch.float32)
+    copies = (2 * parameters if rounded else 0) + screened * (one + 128 * config.d_sae)
     dead_features = int(dead * config.d_sae)
     codes = n * (config.first_l0 if config.aims_at_k else config.d_sae // 2)
     batch = n * d_in * (4 * _ROW_ARRAYS + stored_bytes * _BUFFERS) + _CODE_BYTES * codes
