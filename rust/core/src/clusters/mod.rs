@@ -6,20 +6,20 @@
 //! - [`scatter`]: code shards into such a file, on several threads;
 //! - [`place`]: what token each row is;
 //! - [`page`]: the statistics of one feature from its activations;
-//! - [`bucket`]: a bucket sorted, its features' pages and activations as columns;
+//! - [`bucket`]: a bucket sorted, its features' pages and activations as [`columns`];
 //! - [`coactivation`], [`partners`]: how often features are active together, exactly, and the
-//!   features that are so most of all by pointwise mutual information.
-//!
+//!   features that are so most of all by pointwise mutual information;
 //! - [`contexts`]: examples with the tokens around them, for other tools' pages.
 //!
 //! What comes out is a function of the set of (row, feature, strength) and of the rows' places.
 
+pub mod bucket;
+pub mod coactivation;
 #[expect(
     missing_docs,
     reason = "the fields are columns of the tables in features/schema.py"
 )]
-pub mod bucket;
-pub mod coactivation;
+pub mod columns;
 pub mod contexts;
 #[expect(
     missing_docs,
@@ -34,8 +34,9 @@ pub mod spill;
 mod tests;
 mod tokens;
 
-pub use bucket::{gather, Columns, Work};
+pub use bucket::{gather, Work};
 pub use coactivation::Coactivation;
+pub use columns::Columns;
 pub use page::{Options, Texts};
 pub use place::{Place, Places, Stretches};
 pub use scatter::{count_shards, scatter_shards};

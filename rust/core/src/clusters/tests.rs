@@ -9,8 +9,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use safetensors::tensor::Dtype;
 
-use super::bucket::Columns;
 use super::coactivation::tiles;
+use super::columns::Columns;
 use super::page::Pages;
 use super::partners::Partners;
 use super::place::{position_bin, POSITION_BINS, SEGMENTS};
@@ -273,7 +273,7 @@ proptest! {
 fn check(world: &World, all: &[Columns], options: Options) {
     let places = &world.places;
     let spot = |row: usize| (places[row].sequence(), places[row].position);
-    let chosen = |of: fn(&Columns) -> &super::bucket::Chosen| {
+    let chosen = |of: fn(&Columns) -> &super::columns::Chosen| {
         let feature = column(all, |c| &of(c).feature);
         let rank = column(all, |c| &of(c).rank);
         let sequence = column(all, |c| &of(c).sequence);
