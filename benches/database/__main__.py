@@ -20,6 +20,7 @@ import duckdb
 
 from database import reference
 from database.data import activation_batches, write_codes, write_released
+from r1sae_fast import _core
 from r1sae_fast.features import FeatureDB, clustering
 from r1sae_fast.features.attaching import ROW_GROUP, connect_to_write
 from r1sae_fast.features.places import places_of
@@ -88,7 +89,7 @@ def statistics(data: Data) -> dict[str, object]:
         clusters.add_shards(shards, places.ranks, threads, lambda _: None)
         core = places.core()
         for part in clusters.parts():
-            for _ in clusters.tables(part, core, clustering.Keep(), threads):
+            for _ in clusters.tables(part, core, clustering.Keep(), threads, _core.Cancel()):
                 pass
 
     def pairs() -> None:
@@ -152,7 +153,9 @@ def sort(data: Data) -> dict[str, object]:
             view = places.core()
             keep = clustering.Keep(quantiles=0, negatives=0, tokens=0)
             for part in clusters.parts():
-                insert_activations(connection, clusters.tables(part, view, keep, threads))
+                cancel = _core.Cancel()
+                made = clusters.tables(part, view, keep, threads, cancel)
+                insert_activations(connection, made, cancel)
             connection.execute("CHECKPOINT")
 
     def by_duckdb() -> None:

@@ -9,8 +9,8 @@ use numpy::{
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
-use r1sae_core::clusters::bucket::{Chosen, Columns};
 use r1sae_core::clusters::coactivation::tiles;
+use r1sae_core::clusters::columns::{Chosen, Columns};
 use r1sae_core::clusters::contexts::Contexts;
 use r1sae_core::clusters::partners::Partners;
 use r1sae_core::clusters::{
