@@ -32,22 +32,7 @@ pub fn prefer_large_pages<T>(slice: &[T]) {
 /// call (Linux; elsewhere nothing). Being told of one page after another takes several times as long.
 pub fn populate<T>(slice: &mut [T]) {
     #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096;
-        let start = slice.as_ptr() as usize / PAGE * PAGE;
-        let end = (slice.as_ptr() as usize + size_of_val(slice)).next_multiple_of(PAGE);
-        if size_of_val(slice) >= 2 * PAGE {
-            // SAFETY: the pages hold the slice, so they are mapped; the call changes no contents. Where
-            // pages are larger or the kernel is older than 5.14, it is refused, and nothing happens.
-            unsafe {
-                libc::madvise(
-                    start as *mut libc::c_void,
-                    end - start,
-                    libc::MADV_POPULATE_WRITE,
-                );
-            }
-        }
-    }
+    populate_by(slice, libc::MADV_POPULATE_WRITE);
     #[cfg(not(target_os = "linux"))]
     let _ = slice;
 }
@@ -56,24 +41,24 @@ pub fn populate<T>(slice: &mut [T]) {
 /// nothing). For files, which it maps a few pages at a time otherwise, each time interrupting who reads.
 pub fn populate_for_reading<T>(slice: &[T]) {
     #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096;
-        let start = slice.as_ptr() as usize / PAGE * PAGE;
-        let end = (slice.as_ptr() as usize + size_of_val(slice)).next_multiple_of(PAGE);
-        if size_of_val(slice) >= 2 * PAGE {
-            // SAFETY: the pages hold the slice, so they are mapped; the call changes no contents. Where
-            // pages are larger or the kernel is older than 5.14, it is refused, and nothing happens.
-            unsafe {
-                libc::madvise(
-                    start as *mut libc::c_void,
-                    end - start,
-                    libc::MADV_POPULATE_READ,
-                );
-            }
-        }
-    }
+    populate_by(slice, libc::MADV_POPULATE_READ);
     #[cfg(not(target_os = "linux"))]
     let _ = slice;
+}
+
+/// `advice`: one of those that populate.
+#[cfg(target_os = "linux")]
+fn populate_by<T>(slice: &[T], advice: libc::c_int) {
+    const PAGE: usize = 4096;
+    let start = slice.as_ptr() as usize / PAGE * PAGE;
+    let end = (slice.as_ptr() as usize + size_of_val(slice)).next_multiple_of(PAGE);
+    if size_of_val(slice) >= 2 * PAGE {
+        // SAFETY: the pages hold the slice, so they are mapped; the call changes no contents. Where
+        // pages are larger or the kernel is older than 5.14, it is refused, and nothing happens.
+        unsafe {
+            libc::madvise(start as *mut libc::c_void, end - start, advice);
+        }
+    }
 }
 
 #[cfg(test)]

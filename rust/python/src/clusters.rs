@@ -227,7 +227,7 @@ impl CancelFlag {
 /// `options`: examples, per_sequence, quantiles, per_quantile, negatives, window, tokens, seed.
 /// Raises KeyboardInterrupt once `cancel` is set, on whatever thread.
 #[pyfunction]
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "Python passes each by itself")]
 fn cluster_bucket<'py>(
     py: Python<'py>,
     spill: &ActivationSpill,
